@@ -20,7 +20,7 @@ FloatArray = NDArray[np.float64]
 _Number = TypeVar("_Number", float, FloatArray)
 
 # Far beyond any data set; a promise that needs more is as good as impossible.
-_MOST_EXAMPLES = 10**12
+_MOST_EXAMPLES = 10**8
 # Mass of the binomial that pass_probability may leave out lies beyond this many deviations.
 _TAIL = 9.0
 
@@ -138,7 +138,7 @@ def mcnemar_exact(b: int, c: int) -> float:
     for k in range(min(b, c)):
         term = term * (total - k) // (k + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def drop_test(
@@ -233,7 +233,7 @@ def examples_needed(
 
     The probability climbs with n in small saw teeth (b and c are whole numbers): the answer
     reaches `power`, and may lie one tooth above the very smallest n. ValueError if no number of
-    texts up to 10^12 is enough, as when the true drop is not below the promise.
+    texts up to 10^8 is enough, as when the true drop is not below the promise.
     """
     _check_rates(changed_rate, true_drop, promise)
     if not 0 < power < 1:

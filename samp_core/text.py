@@ -1,0 +1,264 @@
+"""Text to token ids, the same in the builder and in the server. Imports no transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+
+from samp_core.errors import SampError
+
+_TOKENIZER = "tokenizer.json"
+_VOCABULARY = "vocab.txt"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_MODEL_CONFIG = "config.json"
+_SERVED = "text.json"
+_FILES = (_TOKENIZER, _VOCABULARY, _TOKENIZER_CONFIG, _MODEL_CONFIG, _SERVED)
+
+_SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+# These count positions from pad_token_id + 1.
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
+_FEWEST_TOKENS = 3
+_NO_LIMIT = 512
+_CHARACTERS_PER_TOKEN = 32
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One text: ids and types int32 [L]; truncated if tokens were dropped; offsets int32 [L, 2].
+
+    Offsets are code points of the text, end exclusive, and -1, -1 for [CLS] and [SEP]; None if
+    they were not asked for.
+    """
+
+    ids: NDArray[np.int32]
+    types: NDArray[np.int32]
+    truncated: bool
+    offsets: NDArray[np.int32] | None
+
+
+class TextEncoder:
+    """A checkpoint's tokenizer with truncation to max_length and without padding."""
+
+    def __init__(self, tokenizer: Any, max_length: int, side: str = "right") -> None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length, direction=side)
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._boundary = _safe_boundary(json.loads(tokenizer.to_str()))
+
+    @classmethod
+    def load(cls, folder: str | Path, max_length: int | None = None) -> TextEncoder:
+        """From tokenizer.json, or from vocab.txt as a BERT tokenizer.
+
+        max_length counts [CLS] and [SEP]; the default is the one that `save` wrote, else the
+        tokenizer's model_max_length, and in any case at most the model's position embeddings.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / _TOKENIZER_CONFIG)
+        if (folder / _TOKENIZER).is_file():
+            try:
+                tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
+            except Exception as error:  # the library raises bare Exception
+                raise _damaged(folder / _TOKENIZER, str(error)) from error
+        elif (folder / _VOCABULARY).is_file():
+            tokenizer = _from_vocabulary(folder / _VOCABULARY, config)
+        else:
+            raise SampError(
+                "tokenizer_missing",
+                f"{folder}: no tokenizer",
+                f"{_TOKENIZER} or {_VOCABULARY}",
+                "save the tokenizer into the checkpoint's folder",
+            )
+        side = str(config.get("truncation_side", "right"))
+        return cls(tokenizer, _length(folder, config, max_length), side)
+
+    def encode(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoding]:
+        """Token ids of every text; without offsets it takes about half the time."""
+        whole: list[Any] = [None] * len(texts)
+        short: list[int] = []
+        limit = _CHARACTERS_PER_TOKEN * self.max_length
+        for index, text in enumerate(texts):
+            _check_text(index, text)
+            if self._boundary is not None and len(text) > limit:
+                whole[index] = self._encode_long(text, limit, offsets)
+            else:
+                short.append(index)
+        for index, encoded in zip(
+            short, self._encode_all([texts[i] for i in short], offsets), strict=True
+        ):
+            whole[index] = encoded
+        return [_encoding(encoded, offsets) for encoded in whole]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write into a folder all that `load` needs there; the paths written."""
+        folder = Path(folder)
+        tokenizer, served = folder / _TOKENIZER, folder / _SERVED
+        tokenizer.write_text(self._tokenizer.to_str(), encoding="utf-8")
+        served.write_text(json.dumps({"max_length": self.max_length}) + "\n", encoding="utf-8")
+        return [tokenizer, served]
+
+    @staticmethod
+    def files(folder: str | Path) -> list[Path]:
+        """The files of a folder that `load` reads: the tokenizer's content, for hashing."""
+        return [path for name in _FILES if (path := Path(folder) / name).is_file()]
+
+    def _encode_all(self, texts: list[str], offsets: bool) -> list[Any]:
+        encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
+        result: list[Any] = encode(texts)
+        return result
+
+    def _encode_long(self, text: str, limit: int, offsets: bool) -> Any:
+        """Encode a prefix only: when it overflows, the whole text gives the same first tokens."""
+        assert self._boundary is not None
+        while limit < len(text):
+            cut = self._boundary.search(text, limit)
+            if cut is None:
+                break
+            encoded = self._encode_all([text[: cut.start()]], offsets)[0]
+            if encoded.overflowing:
+                return encoded
+            limit = 4 * cut.start()
+        return self._encode_all([text], offsets)[0]
+
+
+def _encoding(encoded: Any, offsets: bool) -> Encoding:
+    spans = None
+    if offsets:
+        spans = np.array(encoded.offsets, dtype=np.int32).reshape(-1, 2)
+        spans[np.array(encoded.special_tokens_mask, dtype=bool)] = -1
+    return Encoding(
+        np.array(encoded.ids, dtype=np.int32),
+        np.array(encoded.type_ids, dtype=np.int32),
+        bool(encoded.overflowing),
+        spans,
+    )
+
+
+def _safe_boundary(spec: dict[str, Any]) -> re.Pattern[str] | None:
+    """Where a text may be cut so that the tokens before the cut stay the same; None: nowhere.
+
+    BERT's normalizer and pre-tokenizer work word by word, and no word spans white space or a CJK
+    ideograph, which they isolate. An added token could, so that it must be free of both.
+    """
+    normalizer = spec.get("normalizer") or {}
+    if (
+        normalizer.get("type") != "BertNormalizer"
+        or (spec.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer"
+        or (spec.get("model") or {}).get("type") != "WordPiece"
+        or (spec.get("truncation") or {}).get("direction") != "Right"
+    ):
+        return None
+    ideographs = "\u4e00-\u9fff" if normalizer.get("handle_chinese_chars") else ""
+    boundary = re.compile(rf"[ \t\r\n{ideographs}]")
+    for token in spec.get("added_tokens") or []:
+        if any(token.get(flag) for flag in ("lstrip", "rstrip", "single_word", "normalized")):
+            return None
+        if boundary.search(token["content"]):
+            return None
+    return boundary
+
+
+def _from_vocabulary(path: Path, config: dict[str, Any]) -> Any:
+    """BERT's WordPiece tokenizer from its list of tokens, with transformers' defaults."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "not UTF-8") from error
+    vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines) if line}
+    named = {role: _content(config.get(role), usual) for role, usual in _SPECIALS.items()}
+    for role in ("unk_token", "cls_token", "sep_token"):
+        if named[role] not in vocabulary:
+            raise _damaged(path, f"{named[role]} is not in it")
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=named["unk_token"]))
+    tokenizer.normalizer = BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    cls, sep = named["cls_token"], named["sep_token"]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )
+    known = [token for token in named.values() if token in vocabulary]
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in known])
+    return tokenizer
+
+
+def _length(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
+    model = _read_json(folder / _MODEL_CONFIG)
+    positions = int(model.get("max_position_embeddings") or 10**30)
+    if model.get("model_type") in _OFFSET_POSITIONS:
+        positions -= int(model.get("pad_token_id") or 0) + 1
+    if wanted is None:
+        wanted = _read_json(folder / _SERVED).get("max_length")
+    if wanted is None:
+        usual = min(int(config.get("model_max_length") or 10**30), positions)
+        return usual if usual < 10**9 else _NO_LIMIT
+    if not _FEWEST_TOKENS <= wanted <= positions:
+        raise SampError(
+            "max_length",
+            f"max_length {wanted}",
+            f"{_FEWEST_TOKENS} to {positions}" if positions < 10**9 else f"{_FEWEST_TOKENS} or up",
+            "choose a length within the model's position embeddings",
+        )
+    return wanted
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty if there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "not a JSON object")
+    return value
+
+
+def _content(token: Any, usual: str) -> str:
+    """A special token's text: tokenizer_config.json has it bare or as an object."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else usual
+
+
+def _check_text(index: int, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SampError(
+            "text_encoding",
+            f"text {index} has an unpaired surrogate at character {error.start}",
+            "UTF-8",
+            "replace the broken character",
+        ) from error
+
+
+def _damaged(path: Path, why: str) -> SampError:
+    return SampError(
+        "tokenizer_damaged", f"{path}: {why}", "", "save the tokenizer into the folder again"
+    )
