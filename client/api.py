@@ -1,0 +1,286 @@
+"""The client: one surface over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from samp_client import batches, discovery, errors
+from samp_client.discovery import TierInfo
+from samp_client.records import Outcome, Prediction
+from samp_client.server_times import Counters, TierTimes, read_counters, tier_times
+from samp_client.transport import ProtocolName, Transport, parse_address
+
+if TYPE_CHECKING:
+    from samp_client.transport import Tensors
+
+DEFAULT_TIER = "balanced"
+DEFAULT_TIMEOUT_S = 30.0
+
+
+def connect(
+    url: str,
+    protocol: ProtocolName = "grpc",
+    *,
+    model: str | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Client:
+    """A client of the Triton at `url` ("host:port"); nothing is sent yet.
+
+    model: needed only where the server has several; timeout_s: for each later call, unless it
+    names its own. BadRequest for a malformed address or an unknown protocol.
+    """
+    if protocol not in ("grpc", "http"):
+        raise errors.BadRequest(f"protocol {protocol!r}", "grpc or http", "name one of these")
+    _check_timeout(timeout_s)
+    address = parse_address(url, protocol)
+    transport: Transport
+    # Imported here: each costs a tenth of a second and more, and a program needs only one.
+    if protocol == "grpc":
+        from samp_client.grpc_transport import GrpcTransport
+
+        transport = GrpcTransport(address)
+    else:
+        from samp_client.http_transport import HttpTransport
+
+        transport = HttpTransport(address)
+    return Client(transport, f"{address} over {protocol}", model=model, timeout_s=timeout_s)
+
+
+class Client:
+    """Calls one model's tiers; made by `connect`, closed by `close` or a with block.
+
+    Every call raises a ClientError: UserError where the request is wrong, ServerError where the
+    server or the way to it is. Over HTTP a client belongs to one thread.
+    """
+
+    def __init__(
+        self, transport: Transport, address: str, *, model: str | None, timeout_s: float
+    ) -> None:
+        self._transport = transport
+        self._address = address
+        self._wanted = model
+        self._timeout_s = timeout_s
+        self._closed = False
+        self._model: str | None = None
+        self._tiers: tuple[str, ...] = ()
+        self._infos: dict[str, TierInfo] = {}
+        self._labels: tuple[str, ...] | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._transport.close()
+
+    def model(self, timeout_s: float | None = None) -> str:
+        """The name of the model that this client calls."""
+        clock = self._clock(timeout_s)
+        if self._model is None:
+            self._discover(clock)
+        assert self._model is not None
+        return self._model
+
+    def tiers(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        """The tiers that the server has loaded now, sorted."""
+        self._discover(self._clock(timeout_s))
+        return self._tiers
+
+    def labels(self, timeout_s: float | None = None) -> tuple[str, ...]:
+        """Class names in the order of `Prediction.scores`."""
+        return self._read_labels(self._clock(timeout_s))
+
+    def describe(self, tier: str | None = None, timeout_s: float | None = None) -> TierInfo:
+        """A tier's ensemble, its steps and the most rows of one request. UnknownTier."""
+        return self._info(tier, self._clock(timeout_s))
+
+    def predict(
+        self,
+        texts: Iterable[str | bytes],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[Prediction]:
+        """One prediction per text, in their order.
+
+        timeout_s: for the whole call; rows: texts per request, by default as many as the tier
+        takes (64). The first failing request raises; `outcomes` goes on instead.
+        """
+        clock = self._clock(timeout_s)
+        encoded = batches.encode_texts(texts)
+        if not encoded:
+            return []
+        info = self._info(tier, clock)
+        found: list[Prediction] = []
+        for group in batches.split(encoded, self._rows(info, rows)):
+            found.extend(self._request(info, encoded, group, clock))
+        return found
+
+    def outcomes(
+        self,
+        texts: Sequence[str | bytes],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> Iterator[Outcome]:
+        """Each text's prediction or error, in order, as requests are answered.
+
+        Where the server refuses a request of several texts, they are sent again one by one, so
+        that only the bad ones fail. timeout_s: for each request. Raises only what concerns no
+        single text: an unknown tier, a server that is not there at the first request.
+        """
+        info = self._info(tier, self._clock(timeout_s))
+        for group in batches.split([_rough(text) for text in texts], self._rows(info, rows)):
+            yield from self._group_outcomes(info, texts, group, timeout_s)
+
+    def statistics(self, timeout_s: float | None = None) -> dict[str, Counters]:
+        """Triton's counters of every loaded model; two readings make `server_times`."""
+        return read_counters(self._transport.statistics(self._clock(timeout_s).left()))
+
+    def server_times(
+        self, tier: str, before: Mapping[str, Counters], after: Mapping[str, Counters]
+    ) -> TierTimes:
+        """Mean queue and compute milliseconds of a tier's steps between two `statistics`."""
+        return tier_times(tier, self.describe(tier).steps, before, after)
+
+    def _group_outcomes(
+        self,
+        info: TierInfo,
+        texts: Sequence[str | bytes],
+        group: range,
+        timeout_s: float | None,
+    ) -> Iterator[Outcome]:
+        try:
+            rows = batches.encode_texts((texts[index] for index in group), group.start)
+            answers = self._request(info, rows, range(len(rows)), self._clock(timeout_s))
+        except errors.UserError as error:
+            if len(group) == 1:
+                yield Outcome(group[0], None, error)
+                return
+            for index in group:
+                yield from self._group_outcomes(info, texts, range(index, index + 1), timeout_s)
+        except errors.ServerError as error:
+            yield from (Outcome(index, None, error) for index in group)
+        else:
+            for index, answer in zip(group, answers, strict=True):
+                yield Outcome(index, replace(answer, index=index), None)
+
+    def _request(
+        self, info: TierInfo, rows: Sequence[bytes], group: range, clock: _Clock
+    ) -> list[Prediction]:
+        labels = self._read_labels(clock)
+        tensors = self._transport.infer(info.ensemble, rows[group.start : group.stop], clock.left())
+        return _predictions(tensors, group, labels, f"{info.ensemble} on {self._address}")
+
+    def _rows(self, info: TierInfo, rows: int | None) -> int:
+        if rows is None:
+            return min(batches.MAX_ROWS, info.max_rows)
+        if rows < 1:
+            raise errors.BadRequest(f"{rows} rows in a request", "1 or more", "correct rows=...")
+        if rows > info.max_rows:
+            raise errors.BatchTooLarge(
+                f"{rows} rows in a request",
+                f"{info.ensemble} takes at most {info.max_rows}",
+                "lower rows=..., or leave it out",
+            )
+        return rows
+
+    def _info(self, tier: str | None, clock: _Clock) -> TierInfo:
+        name = DEFAULT_TIER if tier is None else tier
+        if name not in self._infos:
+            if name not in self._tiers:
+                self._discover(clock)
+            if name not in self._tiers:
+                raise errors.UnknownTier(name, self._model or "the model", self._tiers)
+            config = self._transport.config(f"{self._model}_{name}", clock.left())
+            self._infos[name] = discovery.read_tier(name, config)
+        return self._infos[name]
+
+    def _read_labels(self, clock: _Clock) -> tuple[str, ...]:
+        if self._labels is None:
+            if self._model is None:
+                self._discover(clock)
+            config = self._transport.config(f"head_{self._model}", clock.left())
+            self._labels = discovery.read_labels(config)
+        return self._labels
+
+    def _discover(self, clock: _Clock) -> None:
+        served = discovery.tiers_by_model(self._transport.index(clock.left()))
+        self._model = discovery.choose_model(self._wanted, served, self._address)
+        self._tiers = served[self._model]
+
+    def _clock(self, timeout_s: float | None) -> _Clock:
+        if self._closed:
+            raise errors.BadRequest("the client is closed", fix="connect again")
+        limit = self._timeout_s if timeout_s is None else timeout_s
+        _check_timeout(limit)
+        return _Clock(limit, self._address)
+
+
+class _Clock:
+    """What is left of a call's time."""
+
+    def __init__(self, limit_s: float, address: str) -> None:
+        self._limit_s = limit_s
+        self._end = time.monotonic() + limit_s
+        self._address = address
+
+    def left(self) -> float:
+        """Seconds, above 0. DeadlineExceeded when there are none."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise errors.deadline(self._address, self._limit_s)
+        return left
+
+
+def _predictions(
+    tensors: Tensors, group: range, labels: tuple[str, ...], what: str
+) -> list[Prediction]:
+    count = len(group)
+    try:
+        label = tensors["LABEL"].reshape(count)
+        score = tensors["SCORE"].reshape(count)
+        scores = tensors["SCORES"].reshape(count, -1)
+        truncated = tensors["TRUNCATED"].reshape(count)
+    except (KeyError, ValueError) as error:
+        raise errors.ServerFault(
+            f"{what} answered {count} texts with other tensors than its configuration says: "
+            f"{error}",
+            fix="see the server's log",
+        ) from None
+    return [
+        Prediction(
+            index,
+            label[place].decode(),
+            float(score[place]),
+            tuple(scores[place].tolist()),
+            bool(truncated[place]),
+            labels,
+        )
+        for place, index in enumerate(group)
+    ]
+
+
+def _rough(text: str | bytes) -> bytes:
+    """Bytes about as long as the encoded text: to split by size what may not be encodable."""
+    if isinstance(text, bytes):
+        return text
+    return text.encode(errors="replace") if isinstance(text, str) else b""
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if not timeout_s > 0:
+        raise errors.BadRequest(f"timeout_s is {timeout_s}", "seconds above 0", "correct it")

@@ -1,0 +1,108 @@
+"""Calls over gRPC."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from samp_client import errors
+from tritonclient import grpc as triton
+from tritonclient.utils import InferenceServerException
+
+if TYPE_CHECKING:
+    from samp_client.transport import Tensors
+
+_Result = TypeVar("_Result")
+
+# gRPC's own words for no connection, and for a peer that is no gRPC server; with the same statuses
+# Triton speaks of a model or a queue.
+_NO_SERVER = ("UNAVAILABLE", "UNIMPLEMENTED", "UNKNOWN")
+_NO_CONNECTION = re.compile("connect|resolv|http2 header", re.IGNORECASE)
+
+
+class GrpcTransport:
+    """One channel, with a connection of its own. Safe to use from several threads."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client = triton.InferenceServerClient(address, channel_args=_channel_args(address))
+
+    def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
+        tensor = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
+        result = self._call(
+            model, timeout_s, lambda: self._client.infer(model, [tensor], client_timeout=timeout_s)
+        )
+        return {out.name: result.as_numpy(out.name) for out in result.get_response().outputs}
+
+    def index(self, timeout_s: float) -> list[dict[str, Any]]:
+        answer = self._call(
+            "the repository index",
+            timeout_s,
+            lambda: self._client.get_model_repository_index(as_json=True, client_timeout=timeout_s),
+        )
+        models: list[dict[str, Any]] = answer.get("models", [])
+        return models
+
+    def config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        answer = self._call(
+            model,
+            timeout_s,
+            lambda: self._client.get_model_config(model, as_json=True, client_timeout=timeout_s),
+        )
+        config: dict[str, Any] = answer["config"]
+        return config
+
+    def statistics(self, timeout_s: float) -> list[dict[str, Any]]:
+        answer = self._call(
+            "the statistics",
+            timeout_s,
+            lambda: self._client.get_inference_statistics(as_json=True, client_timeout=timeout_s),
+        )
+        models: list[dict[str, Any]] = answer.get("model_stats", [])
+        return models
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _call(self, what: str, timeout_s: float, call: Callable[[], _Result]) -> _Result:
+        what = f"{what} on {self._address} over gRPC"
+        try:
+            return call()
+        except InferenceServerException as error:
+            status = (error.status() or "").removeprefix("StatusCode.")
+            message = error.message() or ""
+            if status == "DEADLINE_EXCEEDED":
+                raise errors.deadline(what, timeout_s) from None
+            if status in _NO_SERVER and _NO_CONNECTION.search(message):
+                raise errors.unreachable(what, message) from None
+            raise errors.from_status(status, message, what) from None
+        except ValueError as error:
+            # grpcio: "Cannot invoke RPC on closed channel!"
+            raise errors.unreachable(what, str(error)) from None
+
+
+def _channel_args(address: str) -> list[tuple[str, int]]:
+    args = [
+        ("grpc.max_send_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+        ("grpc.max_receive_message_length", triton.MAX_GRPC_MESSAGE_SIZE),
+        # Otherwise all clients of a process share one TCP connection, and close() keeps it.
+        ("grpc.use_local_subchannel_pool", 1),
+        # A server that comes back is found within a second, not within two minutes.
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
+    if _is_loopback(address):
+        # gRPC sends even 127.0.0.1 through the proxy that http_proxy names.
+        args.append(("grpc.enable_http_proxy", 0))
+    return args
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

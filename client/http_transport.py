@@ -1,0 +1,96 @@
+"""Calls over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import gevent
+import numpy as np
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+from samp_client import errors
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
+
+if TYPE_CHECKING:
+    from samp_client.transport import Tensors
+
+_Result = TypeVar("_Result")
+
+# gevent.Timeout bounds each call; the sockets' own limits only have to be longer.
+_SOCKET_TIMEOUT_S = 3600.0
+
+
+class HttpTransport:
+    """One kept-alive connection. For one thread: tritonclient's HTTP client is not thread-safe."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client: Any = self._connect()
+
+    def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
+        tensor = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
+        tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
+        result = self._call(model, timeout_s, lambda: self._client.infer(model, [tensor]))
+        names = [out["name"] for out in result.get_response()["outputs"]]
+        return {name: result.as_numpy(name) for name in names}
+
+    def index(self, timeout_s: float) -> list[dict[str, Any]]:
+        models: list[dict[str, Any]] = self._call(
+            "the repository index", timeout_s, lambda: self._client.get_model_repository_index()
+        )
+        return models
+
+    def config(self, model: str, timeout_s: float) -> dict[str, Any]:
+        config: dict[str, Any] = self._call(
+            model, timeout_s, lambda: self._client.get_model_config(model)
+        )
+        return config
+
+    def statistics(self, timeout_s: float) -> list[dict[str, Any]]:
+        answer = self._call(
+            "the statistics", timeout_s, lambda: self._client.get_inference_statistics()
+        )
+        models: list[dict[str, Any]] = answer.get("model_stats", [])
+        return models
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _connect(self) -> triton.InferenceServerClient:
+        return triton.InferenceServerClient(
+            self._address, connection_timeout=_SOCKET_TIMEOUT_S, network_timeout=_SOCKET_TIMEOUT_S
+        )
+
+    def _call(self, what: str, timeout_s: float, call: Callable[[], _Result]) -> _Result:
+        what = f"{what} on {self._address} over HTTP"
+        limit = gevent.Timeout(timeout_s)
+        try:
+            with limit:
+                return call()
+        except InferenceServerException as error:
+            status = error.status()
+            message = error.message() or ""
+            if status is None:
+                raise errors.ServerFault(f"{what}: {message}") from None
+            # tritonclient's words for a body without Triton's JSON: a proxy, or another server.
+            if "empty response" in message or "while decoding the response" in message:
+                given = f"not an answer of Triton (HTTP status {status})"
+                raise errors.unreachable(what, given) from None
+            raise errors.from_status(status, message, what) from None
+        except gevent.Timeout as expired:
+            self._drop_connection()
+            if expired is not limit:  # a limit that the caller set around this call
+                raise
+            raise errors.deadline(what, timeout_s) from None
+        except (OSError, HTTPConnectionClosed, HTTPParseError, RuntimeError) as error:
+            self._drop_connection()
+            raise errors.unreachable(what, str(error) or type(error).__name__) from None
+        except (ValueError, KeyError) as error:
+            self._drop_connection()
+            raise errors.unreachable(what, f"not an answer of Triton ({error})") from None
+
+    def _drop_connection(self) -> None:
+        # An interrupted call leaves its socket half read and its place in the pool taken.
+        self._client.close()
+        self._client = self._connect()
