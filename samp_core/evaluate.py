@@ -218,7 +218,7 @@ def pass_probability(
             + changed * math.log(changed_rate)
             + (n - changed) * math.log1p(-changed_rate)
         )
-    held = np.where(low < 0, 0.0, bdtr(np.maximum(low, 0.0), changed, share))
+    held = np.where(low < 0, 0.0, bdtr(np.maximum(low, 0.0), changed.astype(np.int64), share))
     return float(min(1.0, np.sum(weight * held)))
 
 
