@@ -61,6 +61,7 @@ class TextEncoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length, direction=side)
         self.max_length = max_length
+        self._side = side
         self._tokenizer = tokenizer
         self._boundary = _safe_boundary(json.loads(tokenizer.to_str()))
 
@@ -87,7 +88,8 @@ class TextEncoder:
                 f"{_TOKENIZER} or {_VOCABULARY}",
                 "save the tokenizer into the checkpoint's folder",
             )
-        side = str(config.get("truncation_side", "right"))
+        side = _read_json(folder / _SERVED).get("truncation_side")
+        side = str(side or config.get("truncation_side", "right"))
         return cls(tokenizer, _length(folder, config, max_length), side)
 
     def encode(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoding]:
@@ -112,7 +114,8 @@ class TextEncoder:
         folder = Path(folder)
         tokenizer, served = folder / _TOKENIZER, folder / _SERVED
         tokenizer.write_text(self._tokenizer.to_str(), encoding="utf-8")
-        served.write_text(json.dumps({"max_length": self.max_length}) + "\n", encoding="utf-8")
+        limits = {"max_length": self.max_length, "truncation_side": self._side}
+        served.write_text(json.dumps(limits) + "\n", encoding="utf-8")
         return [tokenizer, served]
 
     @staticmethod
