@@ -1,0 +1,250 @@
+"""The kernel interface: what every backend computes, on which shapes, and how it fails.
+
+Activations are flat `[tokens, features]`, row-major; `cu_seqlens` is int32 `[sequences + 1]`.
+Quantization is symmetric: value = scale * q, q in [-127, 127], round half to even. Weights are
+stored portable (int8 `[out, in]`, fp32 scale `[out]`); a backend packs them in `pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+SITES = ("qkv", "scores", "context", "out", "ffn_in", "ffn_out")
+"""The GEMMs of one layer that a plan can set, in the order in which they run."""
+
+GEMM_SITES = ("qkv", "out", "ffn_in", "ffn_out")
+"""The sites that hold weights; `scores` and `context` multiply activations."""
+
+Activation = Literal["gelu", "gelu_tanh", "tanh", "relu"]
+OutputKind = Literal["first", "mean", "tokens"]
+
+
+class KernelError(Exception):
+    """An op was called outside its contract. Names the op, what came and what is allowed."""
+
+    def __init__(self, op: str, got: str, allowed: str) -> None:
+        super().__init__(f"{op}: got {got}; allowed: {allowed}")
+        self.op = op
+        self.got = got
+        self.allowed = allowed
+
+
+class UnsupportedPrecision(KernelError):
+    """A plan names a precision that this backend does not have for this op."""
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized activation: value = scale * q. `scale` is a float or one value a token.
+
+    `data` holds int8 or a storage of the backend's own (u8 with zero point 128 on `onednn`).
+    """
+
+    data: Any
+    scale: float | Any
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Out:
+    """What an op writes: a dtype and, for int8 and e4m3, a static scale or "token"."""
+
+    dtype: str = "fp32"
+    scale: float | Literal["token"] | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One stored matrix `[out, in]`: fp32, or int8 with a scale `[out]`."""
+
+    data: Array
+    scale: F32 | None = None
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """gamma, beta `[hidden]` and epsilon."""
+
+    gamma: Any
+    beta: Any
+    eps: float
+
+
+@dataclass(frozen=True)
+class EmbeddingTables:
+    """word `[vocab, H]`, position `[P, H]`, type `[types, H]`."""
+
+    word: Any
+    position: Any
+    type: Any
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The shape of one encoder; every family maps onto it (samp_core/checkpoint.py)."""
+
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    ffn: int
+    vocab: int
+    positions: int
+    types: int
+    eps: float
+    act: Activation = "gelu"
+    position_offset: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences: ids, types, positions `[T]` int32, cu_seqlens `[B + 1]` int32."""
+
+    ids: I32
+    types: I32
+    positions: I32
+    cu_seqlens: I32
+    max_seqlen: int
+
+    @property
+    def sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
+
+
+class Backend(Protocol):
+    """One implementation of the ops. Arrays are the backend's own unless an op says otherwise."""
+
+    name: str
+    ran: tuple[str, ...]
+    """The precision of the kernel that the last gemm called (attention: scores, context)."""
+
+    def capabilities(self) -> frozenset[tuple[str, str, str]]:
+        """(op, precision, activation scale "static" | "token" | "") triples that really run.
+
+        ("gemm", "residual", "") says that `gemm` adds a residual in its epilogue.
+        """
+        ...
+
+    def array(self, x: Array) -> Any:
+        """A host array as this backend holds it."""
+        ...
+
+    def pack(self, weight: Weight, precision: str) -> Any:
+        """A stored matrix as the gemm of that precision wants it."""
+        ...
+
+    def embed_layernorm(
+        self,
+        ids: I32,
+        types: I32,
+        positions: I32,
+        tables: EmbeddingTables,
+        ln: LayerNorm,
+        out: Out,
+    ) -> tuple[Any, Any]:
+        """LN(word[ids] + position[positions] + type[types]) -> (residual [T, H], x)."""
+        ...
+
+    def gemm(
+        self,
+        x: Any,
+        packed: Any,
+        bias: Any,
+        *,
+        act: Activation | None = None,
+        residual: Any = None,
+        out: Out,
+    ) -> Any:
+        """act(x @ W^T + bias) + residual, then to `out`. x: [T, in], or a QTensor of it."""
+        ...
+
+    def attention(
+        self,
+        qkv: Any,
+        cu_seqlens: I32,
+        max_seqlen: int,
+        heads: int,
+        *,
+        position_bias: Any = None,
+        precisions: tuple[str, str] = ("fp32", "fp32"),
+        scales: Mapping[str, float] | None = None,
+        out: Out,
+    ) -> Any:
+        """softmax(Q K^T / sqrt(d)) V inside each sequence; qkv [T, 3H] -> [T, H].
+
+        `precisions` are those of `scores` and `context`; int8 reads the scales `q`, `k`, `p`, `v`.
+        """
+        ...
+
+    def add_layernorm(
+        self, x: Any, ln: LayerNorm, *, residual: Any = None, out: Out
+    ) -> tuple[Any, Any]:
+        """LN(x + residual) -> (float [T, H], the same as `out`)."""
+        ...
+
+    def quantize(self, x: Any, out: Out) -> Any:
+        """A float activation to `out`; for backends that cannot fuse it."""
+        ...
+
+    def pool(self, x: Any, cu_seqlens: I32, how: Literal["first", "mean"]) -> Any:
+        """[T, H] -> [B, H]."""
+        ...
+
+    def to_host(self, x: Any) -> Array:
+        """A result as a NumPy array."""
+        ...
+
+
+@runtime_checkable
+class Session(Protocol):
+    """One encoder under one plan, ready to run. Not thread-safe; one a process."""
+
+    def run(
+        self, batch: Batch, *, output: OutputKind = "first", bit_layers: int | None = None
+    ) -> F32:
+        """[B, H] for first and mean; [T, H] (or [T, C] with a token classifier) for tokens."""
+        ...
+
+    def profile(self, batch: Batch) -> list[tuple[str, str, float]]:
+        """(op, site, seconds) of one pass, in the order in which the ops ran."""
+        ...
+
+    def executed(self) -> dict[str, str]:
+        """site -> precision, filled by the op that really ran in the last pass."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def pack_batch(ids: Sequence[Array], types: Sequence[Array], *, position_offset: int = 0) -> Batch:
+    """Rows of different lengths -> one flat batch without padding."""
+    lengths = np.fromiter((len(row) for row in ids), dtype=np.int32, count=len(ids))
+    if len(lengths) == 0 or int(lengths.min()) < 1:
+        raise KernelError("pack_batch", f"lengths {lengths.tolist()}", "one row or more, each >= 1")
+    cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=cu_seqlens[1:])
+    positions = np.arange(cu_seqlens[-1], dtype=np.int32) - np.repeat(cu_seqlens[:-1], lengths)
+    return Batch(
+        ids=np.concatenate(ids).astype(np.int32, copy=False),
+        types=np.concatenate(types).astype(np.int32, copy=False),
+        positions=positions + np.int32(position_offset),
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(lengths.max()),
+    )

@@ -1,0 +1,211 @@
+"""A Hugging Face checkpoint -> EncoderConfig and named weights. Families map onto one encoder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samp_core.errors import SampError
+from samp_kernels.interface import Activation, Array, EncoderConfig
+
+FAMILIES = ("bert",)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
+
+# Our name of a site's matrix -> BERT's names of the matrices that are stacked into it.
+_BERT_LAYER = {
+    "qkv": tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
+    "out": ("attention.output.dense",),
+    "ffn_in": ("intermediate.dense",),
+    "ffn_out": ("output.dense",),
+    "attention_ln": ("attention.output.LayerNorm",),
+    "output_ln": ("output.LayerNorm",),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`tensors` are the encoder's, under our names; `state` holds every tensor under its own."""
+
+    folder: Path
+    config: EncoderConfig
+    hf_config: Mapping[str, Any]
+    tensors: Mapping[str, Array]
+    state: Mapping[str, Array]
+    labels: tuple[str, ...]
+    sha256: str
+
+    def plan_config(self) -> dict[str, Any]:
+        """The part of the config that a plan carries."""
+        c = self.config
+        return {
+            "family": c.family,
+            "layers": c.layers,
+            "hidden": c.hidden,
+            "heads": c.heads,
+            "ffn": c.ffn,
+        }
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint folder. Never executes pickled code. Raises SampError."""
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        raise SampError(
+            "bad_checkpoint",
+            f"{folder} has no config.json (found: {found})",
+            "a Hugging Face folder: config.json, tokenizer files, *.safetensors",
+            "save the model with save_pretrained() and give that folder",
+        )
+    try:
+        hf = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _broken(config_file, f"it is not JSON ({error})") from None
+    config = encoder_config(hf, folder)
+    files = _weight_files(folder)
+    state = dict(_read_state(files))
+    tensors = _bert_tensors(state, config, folder)
+    digest = hashlib.sha256(json.dumps(hf, sort_keys=True).encode())
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(hf.get("num_labels", 2))}
+    labels = tuple(str(names[key]) for key in sorted(names, key=int))
+    return Checkpoint(folder, config, hf, tensors, state, labels, digest.hexdigest())
+
+
+def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
+    """config.json -> EncoderConfig. Raises SampError for another architecture."""
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise SampError(
+            "unsupported_architecture",
+            f"{folder}: model_type {family!r} (architectures {hf.get('architectures')})",
+            f"model_type {', '.join(FAMILIES)}",
+            "give a BERT checkpoint",
+        )
+    act = _ACTIVATIONS.get(str(hf.get("hidden_act", "gelu")))
+    if act is None:
+        allowed = ", ".join(_ACTIVATIONS)
+        raise _broken(folder, f"hidden_act {hf['hidden_act']!r}", allowed)
+    position = hf.get("position_embedding_type", "absolute")
+    if position != "absolute":
+        raise _broken(folder, f"position_embedding_type {position!r}", "absolute")
+    try:
+        config = EncoderConfig(
+            family=family,
+            layers=int(hf["num_hidden_layers"]),
+            hidden=int(hf["hidden_size"]),
+            heads=int(hf["num_attention_heads"]),
+            ffn=int(hf["intermediate_size"]),
+            vocab=int(hf["vocab_size"]),
+            positions=int(hf["max_position_embeddings"]),
+            types=int(hf.get("type_vocab_size", 2)),
+            eps=float(hf.get("layer_norm_eps", 1e-12)),
+            act=act,
+        )
+    except KeyError as error:
+        raise _broken(folder, f"config.json lacks {error}", "a complete BERT config.json") from None
+    if config.layers < 1 or config.hidden % config.heads:
+        got = f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads"
+        raise _broken(folder, got, "one layer or more, hidden a multiple of heads")
+    return config
+
+
+def _broken(path: Path, given: str, allowed: str = "an intact file") -> SampError:
+    return SampError(
+        "bad_checkpoint", f"{path}: {given}", allowed, "save or copy the checkpoint again"
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    safetensors = sorted(folder.glob("*.safetensors"))
+    if safetensors:
+        return safetensors
+    pickled = folder / "pytorch_model.bin"
+    if pickled.is_file():
+        return [pickled]
+    raise SampError(
+        "bad_checkpoint",
+        f"{folder} has no weights (found: {sorted(p.name for p in folder.iterdir())[:8]})",
+        "*.safetensors or pytorch_model.bin",
+        "save the model with save_pretrained() and give that folder",
+    )
+
+
+def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as reader:
+                    for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                        yield name, reader.get_tensor(name).float().numpy()
+            except SafetensorError as error:
+                size = file.stat().st_size
+                raise _broken(file, f"truncated or damaged ({error}; {size:,} bytes)") from None
+        else:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except Exception as error:
+                reason = str(error).splitlines()[0][:160]
+                raise _broken(
+                    file, f"not loadable as plain weights ({reason})", "tensors only, no pickled code"
+                ) from None
+            for name, tensor in state.items():
+                yield name, tensor.float().numpy()
+
+
+def _bert_tensors(
+    state: Mapping[str, Array], config: EncoderConfig, folder: Path
+) -> dict[str, Array]:
+    prefix = "bert." if any(name.startswith("bert.") for name in state) else ""
+
+    def get(name: str, shape: tuple[int, ...]) -> Array:
+        # Checkpoints converted from TensorFlow name the layer norm's parameters gamma and beta.
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+        tensor = state.get(prefix + name, state.get(prefix + old))
+        if tensor is None:
+            raise _broken(folder, f"no tensor {prefix + name}", "every weight of the encoder")
+        if tensor.shape != shape:
+            raise _broken(folder, f"{prefix + name} is {list(tensor.shape)}", f"{list(shape)}")
+        if not np.isfinite(tensor).all():
+            raise _broken(folder, f"{prefix + name} holds NaN or infinity", "finite weights")
+        return np.asarray(tensor, dtype=np.float32)
+
+    h, f = config.hidden, config.ffn
+    tensors = {
+        "embeddings.word": get("embeddings.word_embeddings.weight", (config.vocab, h)),
+        "embeddings.position": get("embeddings.position_embeddings.weight", (config.positions, h)),
+        "embeddings.type": get("embeddings.token_type_embeddings.weight", (config.types, h)),
+        "embeddings.ln.weight": get("embeddings.LayerNorm.weight", (h,)),
+        "embeddings.ln.bias": get("embeddings.LayerNorm.bias", (h,)),
+    }
+    shapes = {"qkv": (h, h), "out": (h, h), "ffn_in": (f, h), "ffn_out": (h, f)}
+    for layer in range(config.layers):
+        for ours, theirs in _BERT_LAYER.items():
+            shape = shapes.get(ours, (h,))
+            for part in ("weight", "bias"):
+                wanted = shape if part == "weight" else shape[:1]
+                names = [f"encoder.layer.{layer}.{name}.{part}" for name in theirs]
+                stacked = [get(name, wanted) for name in names]
+                tensors[f"layer.{layer}.{ours}.{part}"] = np.concatenate(stacked)
+    return tensors

@@ -1,0 +1,393 @@
+"""The encoder's forward pass, written once against kernels.Backend; it runs any plan.
+
+One layer is six sites: qkv, scores, context, out, ffn_in, ffn_out. The output type of one op is
+the input type of the next, so a quantized site's input is written quantized by the op before it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samp_core.errors import SampError
+from samp_core.plan import Plan
+from samp_kernels.interface import (
+    F32,
+    Array,
+    Backend,
+    Batch,
+    EmbeddingTables,
+    EncoderConfig,
+    KernelError,
+    LayerNorm,
+    Out,
+    OutputKind,
+    Session,
+    UnsupportedPrecision,
+    Weight,
+)
+
+BACKENDS = ("onednn", "reference")
+
+Observer = Callable[[str, Any], None]
+"""Called with a site's full name and its float input, [tokens, features]; calibration listens."""
+
+FORWARDS = 0
+"""Encoder passes of this process: a build that finds everything cached must add none."""
+
+
+@dataclass(frozen=True)
+class _Gemm:
+    name: str
+    packed: Any
+    bias: Any
+    input: Out
+
+
+@dataclass(frozen=True)
+class _Layer:
+    qkv: _Gemm
+    out: _Gemm
+    ffn_in: _Gemm
+    ffn_out: _Gemm
+    attention_ln: LayerNorm
+    output_ln: LayerNorm
+    attention_precisions: tuple[str, str]
+    attention_scales: Mapping[str, float]
+
+
+def open_backend(name: str, threads: int | None = None) -> Backend:
+    """A backend by name; its module is imported only now, since `onednn` brings torch."""
+    if name == "onednn":
+        from samp_kernels.onednn import OneDnnBackend
+
+        return OneDnnBackend(threads)
+    if name == "reference":
+        from samp_kernels.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    raise SampError("unknown_backend", f"backend {name!r}", ", ".join(BACKENDS), "choose one")
+
+
+def quantizable_sites(backend: Backend) -> tuple[str, ...]:
+    """The sites that this backend can run in int8 with static scales."""
+    able = backend.capabilities()
+    gemm = ("gemm", "int8", "static") in able
+    return tuple(
+        site
+        for site in ("qkv", "scores", "context", "out", "ffn_in", "ffn_out")
+        if (f"attention.{site}", "int8", "static") in able
+        or (gemm and site not in ("scores", "context"))
+    )
+
+
+def prepare(
+    backend: Backend,
+    config: EncoderConfig,
+    tensors: Mapping[str, Array],
+    plan: Plan,
+    *,
+    max_tokens: int | None = None,
+    threads: int | None = None,
+) -> Session:
+    """A session for one plan. A backend with its own `prepare` (one native call, graphs) wins.
+
+    Raises UnsupportedPrecision for a precision that the backend lacks, before any pass.
+    """
+    check_plan(backend, config, plan)
+    own = getattr(backend, "prepare", None)
+    if own is not None:
+        session: Session = own(config, tensors, plan, max_tokens=max_tokens, threads=threads)
+        return session
+    return LoopSession(backend, config, tensors, plan)
+
+
+def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
+    """Every site's precision against the backend's capabilities, every shape against the plan."""
+    for key in ("layers", "hidden", "heads", "ffn"):
+        if int(plan.config[key]) != getattr(config, key):
+            raise SampError(
+                "plan_mismatch",
+                f"a plan for {key} {plan.config[key]}",
+                f"{key} {getattr(config, key)}, the checkpoint's",
+                "build the plan for this checkpoint",
+            )
+    able = backend.capabilities()
+    for site, entry in plan.sites.items():
+        kind = site.rsplit(".", 1)[1]
+        op = f"attention.{kind}" if kind in ("scores", "context") else "gemm"
+        activation = ""
+        if entry.precision != "fp32" and entry.recipe is not None:
+            activation = entry.recipe.activation
+        if (op, entry.precision, activation) not in able:
+            allowed = ", ".join(sorted({" ".join(c[1:]).strip() for c in able if c[0] == op}))
+            got = f"{site} {entry.precision} {activation}".strip()
+            raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
+
+
+class LoopSession:
+    """The default session: a loop over the backend's ops."""
+
+    def __init__(
+        self, backend: Backend, config: EncoderConfig, tensors: Mapping[str, Array], plan: Plan
+    ) -> None:
+        self._backend = backend
+        self._config = config
+        self._executed: dict[str, str] = {}
+        self._fuse_residual = ("gemm", "residual", "") in backend.capabilities()
+        array = backend.array
+        self._tables = EmbeddingTables(
+            *(array(tensors[f"embeddings.{part}"]) for part in ("word", "position", "type"))
+        )
+        self._embedding_ln = self._layer_norm(tensors, "embeddings.ln")
+        self._layers = [self._layer(tensors, plan, i) for i in range(config.layers)]
+
+    def run(
+        self, batch: Batch, *, output: OutputKind = "first", bit_layers: int | None = None
+    ) -> F32:
+        return self._pass(batch, output)
+
+    def observe(self, batch: Batch, output: OutputKind, observer: Observer) -> F32:
+        """A pass in which `observer` sees the float input of every site. Float plans only."""
+        return self._pass(batch, output, observer=observer)
+
+    def profile(
+        self, batch: Batch, output: OutputKind = "first"
+    ) -> list[tuple[str, str, float]]:
+        timings: list[tuple[str, str, float]] = []
+        self._pass(batch, output, timings=timings)
+        return timings
+
+    def executed(self) -> dict[str, str]:
+        return dict(self._executed)
+
+    def close(self) -> None:
+        self._layers = []
+
+    def _layer_norm(self, tensors: Mapping[str, Array], name: str) -> LayerNorm:
+        array = self._backend.array
+        gamma, beta = array(tensors[f"{name}.weight"]), array(tensors[f"{name}.bias"])
+        return LayerNorm(gamma, beta, self._config.eps)
+
+    def _gemm(self, tensors: Mapping[str, Array], plan: Plan, name: str) -> _Gemm:
+        precision = plan.precision(name)
+        weight = Weight(tensors[f"{name}.weight"], tensors.get(f"{name}.weight_scale"))
+        entry = plan.sites.get(name)
+        if precision == "fp32":
+            feed = Out("fp32")
+        elif entry is not None and entry.recipe is not None and entry.recipe.activation == "token":
+            feed = Out("int8", "token")
+        else:
+            feed = Out("int8", _scalar(tensors, f"{name}.input_scale"))
+        packed = self._backend.pack(weight, precision)
+        return _Gemm(name, packed, self._backend.array(tensors[f"{name}.bias"]), feed)
+
+    def _layer(self, tensors: Mapping[str, Array], plan: Plan, index: int) -> _Layer:
+        prefix = f"layer.{index}"
+        precisions = (plan.precision(f"{prefix}.scores"), plan.precision(f"{prefix}.context"))
+        scales = {}
+        for site, parts in (("scores", "qk"), ("context", "pv")):
+            if plan.precision(f"{prefix}.{site}") == "int8":
+                for part in parts:
+                    scales[part] = _scalar(tensors, f"{prefix}.{site}.{part}_scale")
+        return _Layer(
+            qkv=self._gemm(tensors, plan, f"{prefix}.qkv"),
+            out=self._gemm(tensors, plan, f"{prefix}.out"),
+            ffn_in=self._gemm(tensors, plan, f"{prefix}.ffn_in"),
+            ffn_out=self._gemm(tensors, plan, f"{prefix}.ffn_out"),
+            attention_ln=self._layer_norm(tensors, f"{prefix}.attention_ln"),
+            output_ln=self._layer_norm(tensors, f"{prefix}.output_ln"),
+            attention_precisions=precisions,
+            attention_scales=scales,
+        )
+
+    def _pass(
+        self,
+        batch: Batch,
+        output: OutputKind,
+        observer: Observer | None = None,
+        timings: list[tuple[str, str, float]] | None = None,
+    ) -> F32:
+        global FORWARDS
+        FORWARDS += 1
+        batch, order = sort_by_length(batch)
+        backend = self._backend
+        timed = _timer(timings)
+        see = observer if observer is not None else _ignore
+        cu = batch.cu_seqlens
+        residual, x = timed(
+            "embed_layernorm",
+            "embeddings",
+            lambda: backend.embed_layernorm(
+                batch.ids,
+                batch.types,
+                batch.positions,
+                self._tables,
+                self._embedding_ln,
+                self._layers[0].qkv.input,
+            ),
+        )
+        for index, layer in enumerate(self._layers):
+            last = index + 1 == len(self._layers)
+            see(layer.qkv.name, x)
+            qkv = self._run_gemm(timed, layer.qkv, x, Out())
+            if observer is not None:
+                observer(f"layer.{index}.attention", (qkv, cu))
+            # Nothing mixes tokens after the last attention, so only pooled rows go on from there.
+            early = last and output == "first"
+            context = timed(
+                "attention",
+                f"layer.{index}.attention",
+                lambda: backend.attention(
+                    qkv,  # noqa: B023 (called at once)
+                    cu,
+                    batch.max_seqlen,
+                    self._config.heads,
+                    precisions=layer.attention_precisions,  # noqa: B023
+                    scales=layer.attention_scales,  # noqa: B023
+                    out=Out() if early else layer.out.input,  # noqa: B023
+                ),
+            )
+            self._record(f"layer.{index}.scores", 0)
+            self._record(f"layer.{index}.context", 1)
+            if early:
+                residual = backend.pool(residual, cu, "first")
+                context = backend.quantize(backend.pool(context, cu, "first"), layer.out.input)
+            see(layer.out.name, context)
+            residual, x = self._block(
+                timed, layer.out, context, residual, layer.attention_ln, layer.ffn_in.input
+            )
+            see(layer.ffn_in.name, x)
+            h = self._run_gemm(timed, layer.ffn_in, x, layer.ffn_out.input, act=self._config.act)
+            see(layer.ffn_out.name, h)
+            feed = Out() if last else self._layers[index + 1].qkv.input
+            residual, x = self._block(timed, layer.ffn_out, h, residual, layer.output_ln, feed)
+        if output == "mean":
+            residual = backend.pool(residual, cu, "mean")
+        return restore_order(backend.to_host(residual).astype(np.float32), cu, order, output)
+
+    def _run_gemm(
+        self, timed: Any, site: _Gemm, x: Any, out: Out, *, act: Any = None, residual: Any = None
+    ) -> Any:
+        y = timed(
+            "gemm",
+            site.name,
+            lambda: self._backend.gemm(
+                x, site.packed, site.bias, act=act, residual=residual, out=out
+            ),
+        )
+        self._record(site.name, 0)
+        return y
+
+    def _block(
+        self, timed: Any, site: _Gemm, x: Any, residual: Any, ln: LayerNorm, feed: Out
+    ) -> tuple[Any, Any]:
+        """gemm + residual + layer norm; the residual is added by whichever op can fuse it."""
+        fused = residual if self._fuse_residual else None
+        y = self._run_gemm(timed, site, x, Out(), residual=fused)
+        rest = None if self._fuse_residual else residual
+        pair: tuple[Any, Any] = timed(
+            "add_layernorm",
+            site.name,
+            lambda: self._backend.add_layernorm(y, ln, residual=rest, out=feed),
+        )
+        return pair
+
+    def _record(self, site: str, part: int) -> None:
+        self._executed[site] = self._backend.ran[part]
+
+
+def sort_by_length(batch: Batch) -> tuple[Batch, Array | None]:
+    """The same sequences, equal lengths side by side; `order` gives each one's old place."""
+    lengths = np.diff(batch.cu_seqlens)
+    if len(lengths) == 1 or bool((lengths[1:] >= lengths[:-1]).all()):
+        return batch, None
+    order = np.argsort(lengths, kind="stable")
+    rows = np.concatenate(
+        [np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order.tolist()]
+    )
+    cu_seqlens = np.zeros_like(batch.cu_seqlens)
+    np.cumsum(lengths[order], out=cu_seqlens[1:])
+    return (
+        Batch(
+            batch.ids[rows],
+            batch.types[rows],
+            batch.positions[rows],
+            cu_seqlens,
+            batch.max_seqlen,
+        ),
+        order,
+    )
+
+
+def restore_order(y: F32, cu_seqlens: Array, order: Array | None, output: OutputKind) -> F32:
+    """Undo sort_by_length on pooled rows [B, H] or on tokens [T, H]."""
+    if order is None:
+        return y
+    if output != "tokens":
+        restored = np.empty_like(y)
+        restored[order] = y
+        return restored
+    pieces: list[F32] = [y[:0]] * len(order)
+    for place, old in enumerate(order.tolist()):
+        pieces[old] = y[cu_seqlens[place] : cu_seqlens[place + 1]]
+    return np.concatenate(pieces)
+
+
+def save_encoder(folder: Path, config: EncoderConfig, plan: Plan) -> None:
+    """plan.json and encoder.json; the weights are written by repository.py beside them."""
+    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    text = json.dumps(asdict(config), indent=1) + "\n"
+    (folder / "encoder.json").write_text(text, encoding="utf-8")
+
+
+def load_encoder(folder: Path) -> tuple[EncoderConfig, Plan, dict[str, Array]]:
+    """An encoder folder's config, plan and portable tensors."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))
+    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"), "plan.json")
+    try:
+        tensors = load_file(folder / "weights.safetensors")
+    except SafetensorError as error:
+        raise SampError(
+            "damaged_weights", f"weights.safetensors: {error}", "an intact file", "samp build again"
+        ) from None
+    return config, plan, tensors
+
+
+def load_session(folder: Path, threads: int | None = None) -> Session:
+    """The session of an encoder folder, on the backend that its plan names."""
+    config, plan, tensors = load_encoder(folder)
+    return prepare(open_backend(plan.backend, threads), config, tensors, plan, threads=threads)
+
+
+def _scalar(tensors: Mapping[str, Array], name: str) -> float:
+    if name not in tensors:
+        raise KernelError("prepare", f"no {name}", "a calibrated scale for every quantized site")
+    return float(tensors[name].reshape(-1)[0])
+
+
+def _ignore(site: str, value: Any) -> None:
+    return None
+
+
+def _timer(timings: list[tuple[str, str, float]] | None) -> Callable[..., Any]:
+    def plain(op: str, site: str, call: Callable[[], Any]) -> Any:
+        return call()
+
+    def timed(op: str, site: str, call: Callable[[], Any]) -> Any:
+        assert timings is not None
+        begin = time.perf_counter()
+        result = call()
+        timings.append((op, site, time.perf_counter() - begin))
+        return result
+
+    return plain if timings is None else timed

@@ -1,0 +1,182 @@
+"""A plan: site -> precision and recipe, for one model and one device. Frozen; JSON in and out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from samp_core.errors import SampError
+from samp_kernels.interface import GEMM_SITES, SITES
+
+SCHEMA = 1
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
+QUANTIZED = ("int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
+CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a quantized site is made."""
+
+    weight: Literal["channel", "tensor"] = "channel"
+    activation: Literal["static", "token"] = "static"
+    calibrator: str = "minmax"
+    percentile: float | None = None
+    smooth: float | None = None
+    rounding: str = "nearest"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """The precision of one site; `recipe` only where it is quantized."""
+
+    precision: str = "fp32"
+    recipe: Recipe | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One plan with its provenance; `sites` is what an encoder runs, the rest says why."""
+
+    model_sha256: str
+    config: Mapping[str, Any]
+    backend: str
+    device: Mapping[str, Any]
+    sites: Mapping[str, SitePlan]
+    mode: str | None = None
+    search: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    modelled: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def precision(self, site: str) -> str:
+        """The precision of a full site name; fp32 where the plan is silent."""
+        entry = self.sites.get(site)
+        return entry.precision if entry else "fp32"
+
+    @property
+    def layers(self) -> int:
+        return int(self.config["layers"])
+
+    def quantized_sites(self) -> list[str]:
+        return [site for site, entry in self.sites.items() if entry.precision in QUANTIZED]
+
+    def with_provenance(self, **fields: Any) -> Plan:
+        return replace(self, **fields)
+
+    def key(self) -> str:
+        """SHA-256 of what the encoder computes: model, backend, sites. Not of measurements."""
+        sites = {k: asdict(v) for k, v in sorted(self.sites.items())}
+        payload = {"model": self.model_sha256, "backend": self.backend, "sites": sites}
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """The plan in one line: its mode, or how many sites run at which precision."""
+        counts: dict[str, int] = {}
+        for layer in range(self.layers):
+            for site in GEMM_SITES:
+                precision = self.precision(f"layer.{layer}.{site}")
+                counts[precision] = counts.get(precision, 0) + 1
+        total = sum(counts.values())
+        parts = [f"{n}/{total} {p}" for p, n in sorted(counts.items(), key=lambda kv: -kv[1])]
+        text = ", ".join(parts) + " GEMMs"
+        return f"{self.mode}: {text}" if self.mode else text
+
+    def to_json(self) -> str:
+        body = {"schema": SCHEMA, **asdict(self)}
+        for entry in body["sites"].values():
+            if entry["recipe"] is not None:
+                entry["recipe"] = {k: v for k, v in entry["recipe"].items() if v is not None}
+        return json.dumps(body, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, source: str = "plan") -> Plan:
+        """Parse and check a plan. Raises SampError that names the site and what is allowed."""
+        try:
+            body = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise _bad(source, f"it is not JSON ({error})", "the JSON that samp build writes") from None
+        if not isinstance(body, dict) or body.get("schema") != SCHEMA:
+            got = body.get("schema") if isinstance(body, dict) else type(body).__name__
+            raise _bad(source, f"schema {got}", f"schema {SCHEMA}")
+        missing = [k for k in ("model_sha256", "config", "backend", "sites") if k not in body]
+        if missing:
+            raise _bad(source, f"no {', '.join(missing)}", "model_sha256, config, backend, sites")
+        layers = body["config"].get("layers")
+        if not isinstance(layers, int) or layers < 1:
+            raise _bad(source, f"config.layers {layers!r}", "a whole number from 1")
+        sites = {}
+        for name, entry in body["sites"].items():
+            _check_site(source, name, layers)
+            sites[name] = _parse_site(source, name, entry)
+        return Plan(
+            model_sha256=body["model_sha256"],
+            config=body["config"],
+            backend=body["backend"],
+            device=body.get("device", {}),
+            sites=sites,
+            mode=body.get("mode"),
+            search=body.get("search", {}),
+            measured=body.get("measured", {}),
+            modelled=body.get("modelled", {}),
+            versions=body.get("versions", {}),
+        )
+
+
+def _bad(source: str, given: str, allowed: str) -> SampError:
+    return SampError("bad_plan", f"{source}: {given}", allowed, "correct the plan, or build again")
+
+
+def _check_site(source: str, name: str, layers: int) -> None:
+    parts = name.split(".")
+    good = (
+        len(parts) == 3
+        and parts[0] == "layer"
+        and parts[1].isdigit()
+        and int(parts[1]) < layers
+        and parts[2] in SITES
+    )
+    if not good:
+        allowed = f"layer.<0..{layers - 1}>.<{' | '.join(SITES)}>"
+        raise _bad(source, f"site {name!r}", allowed)
+
+
+def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
+    precision = entry.get("precision") if isinstance(entry, dict) else None
+    if precision not in PRECISIONS:
+        raise _bad(source, f"{name}: precision {precision!r}", ", ".join(PRECISIONS))
+    raw = entry.get("recipe")
+    if raw is None:
+        return SitePlan(precision, Recipe() if precision in QUANTIZED else None)
+    known = set(Recipe.__dataclass_fields__)
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise _bad(source, f"{name}: recipe has {', '.join(unknown)}", ", ".join(sorted(known)))
+    recipe = Recipe(**raw)
+    if recipe.calibrator not in CALIBRATORS:
+        raise _bad(source, f"{name}: calibrator {recipe.calibrator!r}", ", ".join(CALIBRATORS))
+    return SitePlan(precision, recipe)
+
+
+def mode_plan(
+    base: Plan, kind: Literal["float", "ffn_only", "full"], k: int, sites: tuple[str, ...], recipe: Recipe
+) -> Plan:
+    """SAMP's mode: the first k layers quantized, FFN only or every site in `sites`.
+
+    `sites` are the ones that the backend can quantize; `full(k)` means exactly those.
+    """
+    chosen = tuple(s for s in sites if s.startswith("ffn_")) if kind == "ffn_only" else sites
+    plans = {
+        f"layer.{layer}.{site}": (
+            SitePlan("int8", recipe)
+            if kind != "float" and layer < k and site in chosen
+            else SitePlan("fp32")
+        )
+        for layer in range(base.layers)
+        for site in SITES
+    }
+    name = "float" if kind == "float" or k == 0 else f"{kind}({k})"
+    return replace(base, sites=plans, mode=name)

@@ -1,0 +1,59 @@
+"""Symmetric int8: weights per channel or per tensor, and the tensors that a plan stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from samp_core.errors import SampError
+from samp_core.plan import Plan, Recipe
+from samp_kernels.interface import F32, GEMM_SITES, Array
+
+QMAX = 127
+
+
+def quantize_weight(weight: Array, recipe: Recipe) -> tuple[Array, F32]:
+    """W [out, in] -> int8 [out, in] and scale [out]; q = rint(W / s), s = max|W| / 127."""
+    amax = np.abs(weight).max(axis=1)
+    if recipe.weight == "tensor":
+        amax = np.full_like(amax, amax.max())
+    scale = np.where(amax > 0, amax / QMAX, 1.0).astype(np.float32)
+    q = np.clip(np.rint(weight / scale[:, None]), -QMAX, QMAX).astype(np.int8)
+    return q, scale
+
+
+def export_weights(
+    tensors: Mapping[str, Array], plan: Plan, scales: Mapping[str, float]
+) -> dict[str, Array]:
+    """The portable tensors of one plan: int8 with scales where it says so, fp32 elsewhere.
+
+    `scales` are the static activation scales that calibrate.py found, under their stored names.
+    Raises SampError for a precision that has no stored form here.
+    """
+    stored: dict[str, Array] = {
+        name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()
+    }
+    for layer in range(plan.layers):
+        for site in GEMM_SITES:
+            name = f"layer.{layer}.{site}"
+            precision = plan.precision(name)
+            if precision == "fp32":
+                continue
+            entry = plan.sites[name]
+            if precision != "int8" or entry.recipe is None:
+                raise SampError(
+                    "unsupported_precision", f"{name}: {precision}", "fp32, int8", "edit the plan"
+                )
+            q, scale = quantize_weight(tensors[f"{name}.weight"], entry.recipe)
+            stored[f"{name}.weight"] = q
+            stored[f"{name}.weight_scale"] = scale
+            if entry.recipe.activation == "static":
+                stored[f"{name}.input_scale"] = np.float32(scales[f"{name}.input_scale"]).reshape(1)
+        for site, parts in (("scores", "qk"), ("context", "pv")):
+            name = f"layer.{layer}.{site}"
+            if plan.precision(name) == "int8":
+                for part in parts:
+                    key = f"{name}.{part}_scale"
+                    stored[key] = np.float32(scales[key]).reshape(1)
+    return stored
