@@ -1,0 +1,20 @@
+"""Triton model `head_<model>`: FEATURE -> the task's outputs. head.py beside it says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from samp_core import serving
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        self._head = serving.TaskHead.load(
+            Path(__file__).resolve().parent, serving.parameters(args)
+        )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return serving.execute(pb_utils, requests, ("FEATURE",), self._head.run)

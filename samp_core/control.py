@@ -1,0 +1,128 @@
+"""Triton's control interface over plain HTTP, the ports it gets, and what its log says."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import json
+import re
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from samp_core.errors import SampError
+
+# What a Triton without a GPU says at warning and error level, and goes on.
+_HARMLESS = re.compile(
+    r"pinned system memory|CUDA memory pool disabled|CudaDriverHelper|NVML|DCGM|CUDA driver version"
+)
+_ERROR_LINE = re.compile(r"(?:[EF]\d{4} [\d:.]+ +\d+ \S+\] *|[Ee]rror: |ERROR: )(.*)")
+_TAKEN = re.compile(r"Socket '[^']*:(\d+)' already in use")
+_RAISED = re.compile(r"(?:Internal: )?(?:SampError: )?(.*?)(?:\n\nAt:|$)", re.S)
+
+
+class ControlError(Exception):
+    """Triton refused a control call; its own words."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """The control calls of the server at `address` ("host:port")."""
+
+    address: str
+    timeout_s: float = 180.0
+
+    def server_id(self) -> str | None:
+        """The `--id` of the server that answers; None while none does."""
+        try:
+            body = replace(self, timeout_s=5.0)._request("GET", "/v2")
+        except (OSError, ValueError, http.client.HTTPException, ControlError):
+            return None
+        return body.get("name") if isinstance(body, dict) else None
+
+    def index(self) -> dict[str, dict[str, str]]:
+        """model -> {state, reason}; without a state where it was never loaded."""
+        return {entry["name"]: entry for entry in self._request("POST", "/v2/repository/index")}
+
+    def load(self, model: str) -> None:
+        """(Re)load a model. Raises ControlError with the reason; its predecessor then stays."""
+        self._request("POST", f"/v2/repository/models/{model}/load")
+
+    def unload(self, model: str) -> None:
+        self._request("POST", f"/v2/repository/models/{model}/unload")
+
+    def _request(self, method: str, path: str) -> Any:
+        connection = http.client.HTTPConnection(self.address, timeout=self.timeout_s)
+        with contextlib.closing(connection):
+            connection.request(method, path, body=b"{}" if method == "POST" else None)
+            response = connection.getresponse()
+            body = response.read()
+        content = json.loads(body) if body.strip() else None
+        if response.status != 200:
+            raise ControlError(content["error"] if isinstance(content, dict) else response.reason)
+        return content
+
+
+def listens(address: str) -> bool:
+    """Whether something accepts connections at "host:port"."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def choose_ports(host: str, wanted: Sequence[int]) -> list[int]:
+    """The ports in the order given, a free one for each 0. Raises SampError on a taken one."""
+    ports: list[int] = []
+    with contextlib.ExitStack() as stack:
+        for port in wanted:
+            probe = stack.enter_context(socket.socket())
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except (OSError, OverflowError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                    raise taken_port(host, port) from None
+                raise SampError(
+                    "bad_address",
+                    f"{host}:{port}: {getattr(error, 'strerror', None) or error}",
+                    "an address of this machine, and a port that this user may open",
+                    "choose another one",
+                ) from None
+            ports.append(probe.getsockname()[1])
+    return ports
+
+
+def taken_port(host: str, port: int) -> SampError:
+    return SampError(
+        "port_taken",
+        f"{host}:{port} is in use by another program",
+        "a free port, or 0 for any",
+        "choose another port, or stop what listens there",
+    )
+
+
+def port_in_log(log: str) -> int | None:
+    """The port that Triton found taken."""
+    match = _TAKEN.search(log)
+    return int(match.group(1)) if match else None
+
+
+def relevant_line(log: str) -> str:
+    """The last line of a Triton log that reports an error; empty if none does."""
+    found = ""
+    for line in log.splitlines():
+        error = _ERROR_LINE.match(line)
+        if (error or "error while loading shared libraries" in line) and not _HARMLESS.search(line):
+            found = (error.group(1) if error else line).strip().strip('"')
+    return found.split("\\n")[0]
+
+
+def raised_text(reason: str) -> str:
+    """What a model process raised, on one line, out of Triton's reason with its trace."""
+    match = _RAISED.match(reason.split("UNAVAILABLE state: ")[-1].strip())
+    return " ".join(match.group(1).split()) if match else ""

@@ -1,0 +1,209 @@
+"""config.pbtxt from frozen dataclasses, and back. The tensors are those of interfaces.md.
+
+Written and read through Triton's own protobuf message, so that a field it does not know fails here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from samp_core.errors import SampError
+
+MAX_BATCH = 64
+# Requests waiting for one model before further ones are refused: about a second of work.
+MAX_QUEUE = 1024
+
+
+@dataclass(frozen=True)
+class TensorConfig:
+    """One input or output. `dims` without the batch; -1 is any length."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def ragged(self) -> bool:
+        return -1 in self.dims
+
+
+@dataclass(frozen=True)
+class Step:
+    """One model of an ensemble: its tensor name -> the ensemble's."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One served model: a Python model, or an ensemble when it has `steps`."""
+
+    name: str
+    inputs: tuple[TensorConfig, ...]
+    outputs: tuple[TensorConfig, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    max_batch_size: int = MAX_BATCH
+    queue_delay_us: int = 0
+    max_queue: int = MAX_QUEUE
+
+    def to_pbtxt(self) -> str:
+        """The text of config.pbtxt."""
+        from google.protobuf import text_format
+
+        return text_format.MessageToString(self._message())
+
+    def _message(self) -> Any:
+        from tritonclient.grpc import model_config_pb2 as pb
+
+        message = pb.ModelConfig(name=self.name, max_batch_size=self.max_batch_size)
+        for tensor in self.inputs:
+            message.input.add(
+                name=tensor.name,
+                data_type=f"TYPE_{tensor.dtype}",
+                dims=tensor.dims,
+                allow_ragged_batch=tensor.ragged,
+            )
+        for tensor in self.outputs:
+            message.output.add(name=tensor.name, data_type=f"TYPE_{tensor.dtype}", dims=tensor.dims)
+        for key, value in sorted(self.parameters.items()):
+            message.parameters[key].string_value = value
+        if self.steps:
+            message.platform = "ensemble"
+            for step in self.steps:
+                message.ensemble_scheduling.step.add(
+                    model_name=step.model,
+                    model_version=-1,
+                    input_map=step.inputs,
+                    output_map=step.outputs,
+                )
+            return message
+        message.backend = "python"
+        message.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+        # With no delay a lone request never waits; under load the queue forms by itself.
+        message.dynamic_batching.max_queue_delay_microseconds = self.queue_delay_us
+        policy = message.dynamic_batching.default_queue_policy
+        policy.max_queue_size = self.max_queue
+        policy.timeout_action = pb.ModelQueuePolicy.REJECT
+        policy.allow_timeout_override = True
+        return message
+
+
+def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
+    """Parse a config that `to_pbtxt` wrote. Raises SampError naming the place that is wrong."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    try:
+        message = text_format.Parse(text, pb.ModelConfig())
+    except text_format.ParseError as error:
+        raise SampError(
+            "bad_config", f"{source}: {error}", "Triton's ModelConfig", "build again"
+        ) from None
+
+    def tensors(fields: Sequence[Any]) -> tuple[TensorConfig, ...]:
+        return tuple(
+            TensorConfig(f.name, pb.DataType.Name(f.data_type)[5:], tuple(f.dims)) for f in fields
+        )
+
+    batching = message.dynamic_batching
+    return ModelConfig(
+        name=message.name,
+        inputs=tensors(message.input),
+        outputs=tensors(message.output),
+        parameters={key: entry.string_value for key, entry in message.parameters.items()},
+        steps=tuple(
+            Step(s.model_name, dict(s.input_map), dict(s.output_map))
+            for s in message.ensemble_scheduling.step
+        ),
+        max_batch_size=message.max_batch_size,
+        queue_delay_us=batching.max_queue_delay_microseconds,
+        max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
+    )
+
+
+def tokenizer_config(model: str, *, max_length: int, queue_delay_us: int = 0) -> ModelConfig:
+    """TEXT -> IDS, TYPES `[b, longest row]`, LENGTHS, TRUNCATED `[b, 1]`."""
+    return ModelConfig(
+        name=f"tokenizer_{model}",
+        inputs=(TEXT,),
+        outputs=(IDS, TYPES, LENGTHS, TRUNCATED),
+        parameters={"max_length": str(max_length)},
+        queue_delay_us=queue_delay_us,
+    )
+
+
+def encoder_config(
+    model: str,
+    tier: str,
+    *,
+    feature: TensorConfig,
+    output: str,
+    plan_sha256: str,
+    threads: int,
+    queue_delay_us: int = 0,
+) -> ModelConfig:
+    """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind."""
+    return ModelConfig(
+        name=f"encoder_{model}_{tier}",
+        inputs=(IDS, TYPES, LENGTHS),
+        outputs=(feature,),
+        parameters={
+            "output": output,
+            "plan_sha256": plan_sha256,
+            "threads": str(threads),
+            "tier": tier,
+        },
+        queue_delay_us=queue_delay_us,
+    )
+
+
+def head_config(
+    model: str,
+    *,
+    head: str,
+    feature: TensorConfig,
+    outputs: Sequence[TensorConfig],
+    labels: Sequence[str],
+    queue_delay_us: int = 0,
+) -> ModelConfig:
+    """The feature -> the task's outputs; `labels` (JSON) are in the order of SCORES."""
+    return ModelConfig(
+        name=f"head_{model}",
+        inputs=(feature,),
+        outputs=tuple(outputs),
+        parameters={"head": head, "labels": json.dumps(list(labels), ensure_ascii=False)},
+        queue_delay_us=queue_delay_us,
+    )
+
+
+def ensemble_config(
+    tokenizer: ModelConfig, encoder: ModelConfig, head: ModelConfig, *, model: str, tier: str
+) -> ModelConfig:
+    """TEXT -> the head's outputs and TRUNCATED, through the three models."""
+
+    def same(tensors: Sequence[TensorConfig]) -> dict[str, str]:
+        return {tensor.name: tensor.name for tensor in tensors}
+
+    return ModelConfig(
+        name=f"{model}_{tier}",
+        inputs=tokenizer.inputs,
+        outputs=(*head.outputs, TRUNCATED),
+        parameters={"labels": head.parameters["labels"], "tier": tier},
+        steps=tuple(
+            Step(part.name, same(part.inputs), same(part.outputs))
+            for part in (tokenizer, encoder, head)
+        ),
+    )
+
+
+TEXT = TensorConfig("TEXT", "STRING", (1,))
+IDS = TensorConfig("IDS", "INT32", (-1,))
+TYPES = TensorConfig("TYPES", "INT32", (-1,))
+LENGTHS = TensorConfig("LENGTHS", "INT32", (1,))
+TRUNCATED = TensorConfig("TRUNCATED", "BOOL", (1,))

@@ -1,0 +1,264 @@
+"""What the served models do with a list of requests: tokenize, encode, answer.
+
+Written without Triton: each role maps inputs to outputs, request by request, and a request that
+is wrong gets a RequestError in its place. `execute` is the only part that speaks to Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from samp_kernels.interface import F32, Array, EncoderConfig, OutputKind, Session, pack_batch
+
+from samp_core.manifest import check_folder
+
+if TYPE_CHECKING:
+    from samp_core.heads import Head
+    from samp_core.text import TextEncoder
+
+Inputs = tuple[Array, ...]
+Outputs = dict[str, Array]
+# (rows, tokens a row) run at load, so that the first requests do not pay for set-up.
+WARM_UP = ((1, 16), (8, 64))
+
+
+class RequestError(Exception):
+    """One request is wrong: what came and what is allowed. The others of its batch go on."""
+
+    def __init__(self, given: str, allowed: str) -> None:
+        super().__init__(f"{given}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """TEXT bytes [b, 1] -> IDS, TYPES int32 [b, longest row], LENGTHS, TRUNCATED [b, 1]."""
+
+    text: TextEncoder
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        from samp_core.text import TextEncoder
+
+        check_folder(folder)
+        return cls(TextEncoder.load(folder))
+
+    def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
+        """All texts of all requests in one call of the tokenizer."""
+        decoded = [_attempt(_decode, text) for (text,) in requests]
+        texts = [text for rows in decoded if not isinstance(rows, RequestError) for text in rows]
+        encodings = iter(self.text.encode(texts, offsets=False))
+        results: list[Outputs | RequestError] = []
+        for rows in decoded:
+            if isinstance(rows, RequestError):
+                results.append(rows)
+                continue
+            mine = [next(encodings) for _ in rows]
+            lengths = np.array([len(row.ids) for row in mine], dtype=np.int32)
+            ids = np.zeros((len(mine), int(lengths.max())), dtype=np.int32)
+            types = np.zeros_like(ids)
+            for index, row in enumerate(mine):
+                ids[index, : lengths[index]] = row.ids
+                types[index, : lengths[index]] = row.types
+            truncated = np.array([[row.truncated] for row in mine], dtype=np.bool_)
+            results.append(
+                {"IDS": ids, "TYPES": types, "LENGTHS": lengths[:, None], "TRUNCATED": truncated}
+            )
+        return results
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """IDS, TYPES int32 [b, w], LENGTHS int32 [b, 1] -> FEATURE fp32 [b, hidden]."""
+
+    session: Session
+    config: EncoderConfig
+    output: OutputKind
+    log: Callable[[str], None] | None = None
+
+    @classmethod
+    def load(
+        cls, folder: Path, parameters: Mapping[str, str], log: Callable[[str], None] | None = None
+    ) -> Encoder:
+        """Check the files, prepare the plan's backend, run the warm-up.
+
+        SAMP_THREADS overrides the parameter `threads`; `log` is used under SAMP_LOG_BATCHES.
+        """
+        from samp_core.encoder import load_session
+
+        check_folder(folder)
+        config = EncoderConfig(**json.loads((folder / "encoder.json").read_text()))
+        threads = int(os.environ.get("SAMP_THREADS") or parameters["threads"])
+        output: Any = parameters["output"]
+        session = load_session(folder, threads=threads)
+        model = cls(session, config, output, log if os.environ.get("SAMP_LOG_BATCHES") else None)
+        for rows, tokens in WARM_UP:
+            ids = np.zeros((rows, min(tokens, model.longest)), dtype=np.int32)
+            lengths = np.full((rows, 1), ids.shape[1], dtype=np.int32)
+            model._encode([(ids, ids, lengths)])
+        return model
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of one row."""
+        return self.config.positions - self.config.position_offset
+
+    def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
+        """All rows of all good requests as one packed batch."""
+        checked = [_attempt(self._check, *inputs) for inputs in requests]
+        good = [
+            inputs
+            for inputs, error in zip(requests, checked, strict=True)
+            if not isinstance(error, RequestError)
+        ]
+        features = iter(self._encode(good) if good else [])
+        return [
+            error if isinstance(error, RequestError) else {"FEATURE": next(features)}
+            for error in checked
+        ]
+
+    def _encode(self, requests: Sequence[Inputs]) -> list[F32]:
+        """FEATURE of each request; padding is dropped here."""
+        ids: list[Array] = []
+        types: list[Array] = []
+        for request_ids, request_types, lengths in requests:
+            for row, length in enumerate(lengths[:, 0]):
+                ids.append(request_ids[row, :length])
+                types.append(request_types[row, :length])
+        batch = pack_batch(ids, types, position_offset=self.config.position_offset)
+        features = self.session.run(batch, output=self.output)
+        if self.log is not None:
+            lengths_text = " ".join(str(lengths[:, 0].tolist()) for *_, lengths in requests)
+            self.log(
+                f"samp batch: {len(requests)} requests, {batch.sequences} rows, "
+                f"{batch.tokens} tokens, lengths {lengths_text}"
+            )
+        return split_rows(features, [len(lengths) for *_, lengths in requests])
+
+    def _check(self, ids: Array, types: Array, lengths: Array) -> None:
+        """Raise RequestError unless every row can be run: clients may call the encoder directly."""
+        rows, width = ids.shape
+        if types.shape != ids.shape:
+            raise RequestError(f"TYPES {list(types.shape)}", f"the shape of IDS, {[rows, width]}")
+        longest = min(width, self.longest)
+        for row, length in enumerate(lengths[:, 0].tolist()):
+            if not 1 <= length <= longest:
+                what = "the width of IDS" if longest == width else "the model's positions"
+                raise RequestError(f"LENGTHS row {row}: {length}", f"1 to {longest}, {what}")
+        real = np.arange(width) < lengths
+        for name, values, limit in (
+            ("IDS", ids, self.config.vocab),
+            ("TYPES", types, self.config.types),
+        ):
+            wrong = real & ((values < 0) | (values >= limit))
+            if wrong.any():
+                row, column = np.argwhere(wrong)[0].tolist()
+                raise RequestError(
+                    f"{name} row {row}, token {column}: {values[row, column]}", f"0 to {limit - 1}"
+                )
+
+    def close(self) -> None:
+        self.session.close()
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """FEATURE fp32 [b, hidden] -> the head's outputs, [b, ...] each."""
+
+    head: Head
+    weights: Mapping[str, F32]
+    labels: tuple[str, ...]
+
+    @classmethod
+    def load(cls, folder: Path, parameters: Mapping[str, str]) -> TaskHead:
+        from safetensors.numpy import load_file
+
+        from samp_core import heads
+
+        check_folder(folder)
+        weights = load_file(folder / "weights.safetensors")
+        labels = tuple(json.loads(parameters["labels"]))
+        return cls(heads.load_file(folder / "head.py"), weights, labels)
+
+    def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
+        """The rows of all requests in one call of the head."""
+        features = [feature for (feature,) in requests]
+        outputs = self.head.run(self.weights, np.concatenate(features), self.labels)
+        counts = [len(feature) for feature in features]
+        results: list[Outputs | RequestError] = [{} for _ in counts]
+        for name, rows in outputs.items():
+            for result, part in zip(results, split_rows(rows, counts), strict=True):
+                assert isinstance(result, dict)
+                result[name] = part
+        return results
+
+
+def split_rows(rows: Array, counts: Sequence[int]) -> list[Array]:
+    """[sum of counts, ...] -> one array for each count."""
+    return np.split(rows, np.cumsum(counts)[:-1])
+
+
+def parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """The `parameters` of config.pbtxt, from what Triton hands to `initialize`."""
+    config = json.loads(args["model_config"])
+    return {key: entry["string_value"] for key, entry in config.get("parameters", {}).items()}
+
+
+def execute(
+    backend: Any,
+    requests: Sequence[Any],
+    inputs: Sequence[str],
+    run: Callable[[Sequence[Inputs]], list[Outputs | RequestError]],
+) -> list[Any]:
+    """One response for each request, in order. `backend` is triton_python_backend_utils.
+
+    What `run` raises fails the requests of this batch, never the process.
+    """
+    results: Sequence[Outputs | Exception]
+    try:
+        tensors = [
+            tuple(backend.get_input_tensor_by_name(request, n).as_numpy() for n in inputs)
+            for request in requests
+        ]
+        results = run(tensors)
+    except Exception as error:
+        backend.Logger.log_error(f"{type(error).__name__}: {error}")
+        results = [error] * len(requests)
+    return [_response(backend, result) for result in results]
+
+
+def _response(backend: Any, result: Outputs | Exception) -> Any:
+    if isinstance(result, Exception):
+        if isinstance(result, RequestError):
+            error = backend.TritonError(str(result), backend.TritonError.INVALID_ARG)
+        else:
+            error = backend.TritonError(f"internal error: {result!r}")
+        return backend.InferenceResponse(error=error)
+    tensors = [backend.Tensor(name, np.ascontiguousarray(rows)) for name, rows in result.items()]
+    return backend.InferenceResponse(output_tensors=tensors)
+
+
+def _attempt(function: Callable[..., Any], *args: Any) -> Any:
+    """The result, or the RequestError raised, as a value."""
+    try:
+        return function(*args)
+    except RequestError as error:
+        return error
+
+
+def _decode(text: Array) -> list[str]:
+    texts = []
+    for row, raw in enumerate(text[:, 0]):
+        try:
+            texts.append(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise RequestError(
+                f"TEXT row {row}: byte 0x{byte:02x} at {error.start} is not UTF-8", "UTF-8 text"
+            ) from None
+    return texts
