@@ -37,8 +37,8 @@ class ReferenceBackend:
 
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
         quantized = {("gemm", "int8", "static"), ("gemm", "int8", "token")}
-        attention = {("attention.scores", p, "static") for p in _PRECISIONS}
-        attention |= {("attention.context", p, "static") for p in _PRECISIONS}
+        kinds = (("fp32", ""), ("int8", "static"))
+        attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in kinds}
         return frozenset({("gemm", "fp32", ""), ("gemm", "residual", "")} | quantized | attention)
 
     def array(self, x: Array) -> Array:
