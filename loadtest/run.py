@@ -1,0 +1,181 @@
+"""A headless load test in a process of its own: locust patches the one that it runs in."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samp_client import BadRequest, ClientError, connect
+from samp_client.transport import ProtocolName
+from samp_loadtest.settings import check_tiers, format_mix, parse_mix, read_texts
+
+MAX_USERS = 5_000
+MAX_SECONDS = 24 * 3600
+# What locust needs beyond the run itself: imports before it, the last answers after it.
+_START_S = 60.0
+_USERS = {"grpc": "TritonGrpcUser", "http": "TritonHttpUser"}
+
+Progress = Callable[[float, float], None]
+
+
+class LocustMissing(ClientError):
+    code = "locust_missing"
+
+
+class LoadTestFailed(ClientError):
+    code = "loadtest_failed"
+
+
+def run_loadtest(
+    url: str,
+    tiers: str | Mapping[str, float],
+    *,
+    protocol: ProtocolName = "grpc",
+    users: int = 4,
+    seconds: float = 10.0,
+    texts: Sequence[str] | str | Path | None = None,
+    rows: int = 1,
+    model: str | None = None,
+    spawn_rate: float | None = None,
+    think_time_s: float = 0.0,
+    timeout_s: float = 30.0,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Load one tier ("fast") or a mix ("fast=3,exact=1") with `users` concurrent callers.
+
+    Returns by tier: requests, failures, rps (answered requests per second), p50, p95, p99,
+    server_queue_ms and server_compute_ms, all times in milliseconds, percentiles of the raw times.
+    texts: a list, or a .jsonl or plain file; rows: texts in one request; progress: called about
+    twice a second with the seconds gone and the seconds of the run. Whatever happens, no process
+    is left behind. Raises ClientError: BadRequest, UnknownTier, Unavailable, LocustMissing, and
+    LoadTestFailed, also when not one request was answered.
+    """
+    mix = parse_mix(tiers if isinstance(tiers, str) else format_mix(tiers))
+    _check_limits(users, seconds, rows, spawn_rate)
+    if importlib.util.find_spec("locust") is None:
+        raise LocustMissing(
+            "locust is not installed",
+            "the extra `loadtest`",
+            "pip install 'samp-triton[loadtest]'",
+        )
+    with connect(url, protocol, model=model, timeout_s=timeout_s) as client:
+        check_tiers(client, mix, rows)
+    with tempfile.TemporaryDirectory(prefix="samp-loadtest-") as folder:
+        report = Path(folder) / "report.json"
+        command = [
+            *(sys.executable, "-m", "locust"),
+            *("-f", str(Path(__file__).with_name("locustfile.py"))),
+            _USERS[protocol],
+            *("--headless", "--only-summary", "--exit-code-on-error", "0"),
+            *("-u", str(users), "-r", str(spawn_rate or min(users, 100))),
+            *("-t", f"{math.ceil(seconds)}s", f"--{protocol}-host", url),
+            *("--tiers", format_mix(mix), "--texts", _texts_file(texts, Path(folder))),
+            *("--rows", str(rows), "--model", model or ""),
+            *("--think-time", str(think_time_s), "--request-timeout", str(timeout_s)),
+        ]
+        log = _run(command, report, math.ceil(seconds), timeout_s, progress)
+        try:
+            written: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise LoadTestFailed(
+                f"locust ended without figures: {_last_error(log)}",
+                fix="run it by itself: locust -f loadtest/locustfile.py --host " + url,
+            ) from None
+        figures: dict[str, dict[str, Any]] = written["tiers"]
+        sent = sum(one["requests"] for one in figures.values())
+        failed = sum(one["failures"] for one in figures.values())
+        if 0 < sent == failed:
+            said = next(iter(written["errors"].values()))
+            raise LoadTestFailed(f"all {sent} requests failed, the first with: {said}")
+        return figures
+
+
+def _run(
+    command: Sequence[str],
+    report: Path,
+    seconds: int,
+    timeout_s: float,
+    progress: Progress | None,
+) -> str:
+    """Run locust to its end and return its log; it is stopped if the caller is interrupted."""
+    # locust's own variables and a locust.conf in the working folder would change the run.
+    environment = {key: value for key, value in os.environ.items() if key[:7] != "LOCUST_"}
+    environment["SAMP_REPORT"] = str(report)
+    log_path = report.with_name("log")
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=report.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        start = time.monotonic()
+        end = start + seconds + timeout_s + _START_S
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                if progress is not None:
+                    progress(min(time.monotonic() - start, seconds), seconds)
+                try:
+                    process.wait(0.5)
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            _stop(process)
+    return log_path.read_text(encoding="utf-8", errors="replace")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _texts_file(texts: Sequence[str] | str | Path | None, folder: Path) -> str:
+    if texts is None:
+        return ""
+    if isinstance(texts, (str, Path)):
+        read_texts(str(texts))
+        return str(Path(texts).resolve())
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise BadRequest(
+            "an empty list of texts" if not texts else "a text that is no string",
+            "at least one text, all str",
+            "correct the list, or leave it out",
+        )
+    path = folder / "texts.jsonl"
+    lines = (json.dumps({"text": text}) + "\n" for text in texts)
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def _check_limits(users: int, seconds: float, rows: int, spawn_rate: float | None) -> None:
+    for name, value, most in (("users", users, MAX_USERS), ("seconds", seconds, MAX_SECONDS)):
+        if not 1 <= value <= most:
+            raise BadRequest(f"{name} is {value}", f"1 to {most}", "correct it")
+    if rows < 1:
+        raise BadRequest(f"rows is {rows}", "1 or more", "correct it")
+    if spawn_rate is not None and not spawn_rate > 0:
+        raise BadRequest(f"spawn_rate is {spawn_rate}", "users per second above 0", "correct it")
+
+
+def _last_error(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "/ERROR/" in line or "Error" in line]
+    return (errors or lines or ["it said nothing"])[-1]

@@ -1,0 +1,128 @@
+"""What a load test sends, and where: tiers by weight, texts, addresses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from samp_client import BadRequest, BatchTooLarge, Client, ClientError, connect
+from samp_client.transport import DEFAULT_PORTS, ProtocolName
+
+_TIER = re.compile(r"[a-z0-9-]+")
+
+# Sent where no file is given, so that a first test needs nothing but an address.
+SAMPLE_TEXTS = (
+    "A fine film.",
+    "Two hours that feel like four, and none of them are spent with anyone worth knowing.",
+    "The cast is better than the script deserves, and the last half hour redeems the rest.",
+    "Dull.",
+    "An honest, funny and quietly devastating piece of work, beautifully shot and never hurried.",
+    "It has its moments, but they are few and far between.",
+    "The director trusts the audience to keep up; the audience, for once, is glad to.",
+    "Loud, long, and proud of both.",
+)
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """Weights by tier from "fast" or "fast=3,exact=1". BadRequest for anything else."""
+    allowed = "tier, or tier=weight,tier=weight with weights above 0"
+    mix: dict[str, float] = {}
+    for part in text.split(","):
+        tier, _, weight = (piece.strip() for piece in part.partition("="))
+        try:
+            share = float(weight) if "=" in part else 1.0
+        except ValueError:
+            share = math.nan
+        if not (_TIER.fullmatch(tier) and math.isfinite(share) and share > 0):
+            raise BadRequest(f"tiers {text!r}", allowed, "correct it")
+        if tier in mix:
+            raise BadRequest(f"tiers {text!r} name {tier} twice", allowed, "give each tier once")
+        mix[tier] = share
+    return mix
+
+
+def format_mix(mix: Mapping[str, float]) -> str:
+    """The text that `parse_mix` reads."""
+    return ",".join(f"{tier}={weight!r}" for tier, weight in mix.items())
+
+
+def read_texts(path: str | None) -> tuple[str, ...]:
+    """Texts of a .jsonl file ({"text": ...} per line) or of a plain file, one per line.
+
+    None gives a few built-in sentences. BadRequest names the file and line.
+    """
+    if not path:
+        return SAMPLE_TEXTS
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: {error}", "a UTF-8 text file", "check the path") from None
+    texts: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            texts.append(_json_text(path, number, line) if path.endswith(".jsonl") else line)
+    if not texts:
+        raise BadRequest(f"{path} holds no text", "one text per line", "give a file with texts")
+    return tuple(texts)
+
+
+def find_addresses(
+    host: str | None, grpc_host: str | None, http_host: str | None
+) -> dict[ProtocolName, str]:
+    """The address of each protocol that the test can use.
+
+    grpc_host and http_host name one protocol each. host alone is asked which of the two it speaks
+    when it has a port, and stands for both of Triton's usual ports when it has none.
+    """
+    found: dict[ProtocolName, str] = {}
+    if grpc_host:
+        found["grpc"] = grpc_host
+    if http_host:
+        found["http"] = http_host
+    if host:
+        bare = host.partition("://")[2] if "://" in host else host
+        bare = bare.rstrip("/")
+        if re.search(r":\d+$", bare):
+            protocol: ProtocolName = "http" if _speaks_http(bare) else "grpc"
+            found.setdefault(protocol, bare)
+        else:
+            found.setdefault("grpc", f"{bare}:{DEFAULT_PORTS['grpc']}")
+            found.setdefault("http", f"{bare}:{DEFAULT_PORTS['http']}")
+    if not found:
+        raise BadRequest(
+            "no address", "--host, --grpc-host or --http-host", "name the server as host:port"
+        )
+    return found
+
+
+def check_tiers(client: Client, mix: Mapping[str, float], rows: int) -> None:
+    """UnknownTier if the server lacks a tier, BatchTooLarge if one takes fewer rows a request."""
+    for tier in mix:
+        most = client.describe(tier).max_rows
+        if rows > most:
+            raise BatchTooLarge(f"{rows} rows in a request", f"{tier} takes {most}", "lower rows")
+
+
+def _json_text(path: str, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{path}:{number}: {error}", "JSON", "correct the line") from None
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise BadRequest(
+            f"{path}:{number} has no string `text`", '{"text": "..."}', "correct the line"
+        )
+    return text
+
+
+def _speaks_http(address: str) -> bool:
+    try:
+        with connect(address, "http", timeout_s=5.0) as client:
+            client.statistics()
+    except ClientError:
+        return False
+    return True
