@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from samp_kernels.interface import (
     Activation,
     Array,
@@ -99,7 +98,9 @@ class OneDnnBackend:
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             return PackedInt8(packed, scale, zeros, inputs)
         raise UnsupportedPrecision(
-            "pack", f"{precision} from {weight.data.dtype}", "fp32 from fp32, int8 from int8 + scale"
+            "pack",
+            f"{precision} from {weight.data.dtype}",
+            "fp32 from fp32, int8 from int8 + scale",
         )
 
     def embed_layernorm(

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import erf
-
 from samp_kernels.interface import (
     Activation,
     Array,
@@ -23,6 +21,7 @@ from samp_kernels.interface import (
     UnsupportedPrecision,
     Weight,
 )
+from scipy.special import erf
 
 _PRECISIONS = ("fp32", "int8")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from samp_kernels.interface import Activation, Array, EncoderConfig
 
 from samp_core.errors import SampError
-from samp_kernels.interface import Activation, Array, EncoderConfig
 
 FAMILIES = ("bert",)
 
@@ -64,7 +64,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder. Never executes pickled code. Raises SampError."""
     config_file = folder / "config.json"
     if not config_file.is_file():
-        found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        found = (
+            sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
+        )
         raise SampError(
             "bad_checkpoint",
             f"{folder} has no config.json (found: {found})",
@@ -167,7 +169,9 @@ def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
             except Exception as error:
                 reason = str(error).splitlines()[0][:160]
                 raise _broken(
-                    file, f"not loadable as plain weights ({reason})", "tensors only, no pickled code"
+                    file,
+                    f"not loadable as plain weights ({reason})",
+                    "tensors only, no pickled code",
                 ) from None
             for name, tensor in state.items():
                 yield name, tensor.float().numpy()

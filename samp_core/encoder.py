@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from samp_core.errors import SampError
-from samp_core.plan import Plan
 from samp_kernels.interface import (
     F32,
     Array,
@@ -32,6 +29,9 @@ from samp_kernels.interface import (
     UnsupportedPrecision,
     Weight,
 )
+
+from samp_core.errors import SampError
+from samp_core.plan import Plan
 
 BACKENDS = ("onednn", "reference")
 
@@ -95,8 +95,11 @@ def prepare(
     *,
     max_tokens: int | None = None,
     threads: int | None = None,
+    packs: dict[tuple[str, str, str], Any] | None = None,
 ) -> Session:
-    """A session for one plan. A backend with its own `prepare` (one native call, graphs) wins.
+    """A session for one plan; sessions that are given one `packs` share their packed weights.
+
+    A backend with its own `prepare` (one native call, graphs) wins.
 
     Raises UnsupportedPrecision for a precision that the backend lacks, before any pass.
     """
@@ -105,7 +108,7 @@ def prepare(
     if own is not None:
         session: Session = own(config, tensors, plan, max_tokens=max_tokens, threads=threads)
         return session
-    return LoopSession(backend, config, tensors, plan)
+    return LoopSession(backend, config, tensors, plan, packs)
 
 
 def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
@@ -135,9 +138,15 @@ class LoopSession:
     """The default session: a loop over the backend's ops."""
 
     def __init__(
-        self, backend: Backend, config: EncoderConfig, tensors: Mapping[str, Array], plan: Plan
+        self,
+        backend: Backend,
+        config: EncoderConfig,
+        tensors: Mapping[str, Array],
+        plan: Plan,
+        packs: dict[tuple[str, str, str], Any] | None = None,
     ) -> None:
         self._backend = backend
+        self._packs = {} if packs is None else packs
         self._config = config
         self._executed: dict[str, str] = {}
         self._fuse_residual = ("gemm", "residual", "") in backend.capabilities()
@@ -157,9 +166,7 @@ class LoopSession:
         """A pass in which `observer` sees the float input of every site. Float plans only."""
         return self._pass(batch, output, observer=observer)
 
-    def profile(
-        self, batch: Batch, output: OutputKind = "first"
-    ) -> list[tuple[str, str, float]]:
+    def profile(self, batch: Batch, output: OutputKind = "first") -> list[tuple[str, str, float]]:
         timings: list[tuple[str, str, float]] = []
         self._pass(batch, output, timings=timings)
         return timings
@@ -169,6 +176,7 @@ class LoopSession:
 
     def close(self) -> None:
         self._layers = []
+        self._packs = {}
 
     def _layer_norm(self, tensors: Mapping[str, Array], name: str) -> LayerNorm:
         array = self._backend.array
@@ -185,8 +193,11 @@ class LoopSession:
             feed = Out("int8", "token")
         else:
             feed = Out("int8", _scalar(tensors, f"{name}.input_scale"))
-        packed = self._backend.pack(weight, precision)
-        return _Gemm(name, packed, self._backend.array(tensors[f"{name}.bias"]), feed)
+        granularity = entry.recipe.weight if entry is not None and entry.recipe is not None else ""
+        key = (name, precision, granularity)
+        if key not in self._packs:
+            self._packs[key] = self._backend.pack(weight, precision)
+        return _Gemm(name, self._packs[key], self._backend.array(tensors[f"{name}.bias"]), feed)
 
     def _layer(self, tensors: Mapping[str, Array], plan: Plan, index: int) -> _Layer:
         prefix = f"layer.{index}"

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from samp_core.errors import SampError
 from samp_kernels.interface import GEMM_SITES, SITES
+
+from samp_core.errors import SampError
 
 SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
@@ -51,6 +52,8 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict)
     modelled: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, float] = field(default_factory=dict)
+    """Static activation scales by stored name, of every site, so that a plan needs no data."""
 
     def precision(self, site: str) -> str:
         """The precision of a full site name; fp32 where the plan is silent."""
@@ -68,9 +71,14 @@ class Plan:
         return replace(self, **fields)
 
     def key(self) -> str:
-        """SHA-256 of what the encoder computes: model, backend, sites. Not of measurements."""
+        """SHA-256 of what the encoder computes: model, backend, sites, scales; no measurements."""
         sites = {k: asdict(v) for k, v in sorted(self.sites.items())}
-        payload = {"model": self.model_sha256, "backend": self.backend, "sites": sites}
+        payload = {
+            "model": self.model_sha256,
+            "backend": self.backend,
+            "sites": sites,
+            "scales": dict(sorted(self.scales.items())) if self.quantized_sites() else {},
+        }
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
@@ -98,7 +106,9 @@ class Plan:
         try:
             body = json.loads(text)
         except json.JSONDecodeError as error:
-            raise _bad(source, f"it is not JSON ({error})", "the JSON that samp build writes") from None
+            raise _bad(
+                source, f"it is not JSON ({error})", "the JSON that samp build writes"
+            ) from None
         if not isinstance(body, dict) or body.get("schema") != SCHEMA:
             got = body.get("schema") if isinstance(body, dict) else type(body).__name__
             raise _bad(source, f"schema {got}", f"schema {SCHEMA}")
@@ -123,6 +133,7 @@ class Plan:
             measured=body.get("measured", {}),
             modelled=body.get("modelled", {}),
             versions=body.get("versions", {}),
+            scales=body.get("scales", {}),
         )
 
 
@@ -162,7 +173,11 @@ def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
 
 
 def mode_plan(
-    base: Plan, kind: Literal["float", "ffn_only", "full"], k: int, sites: tuple[str, ...], recipe: Recipe
+    base: Plan,
+    kind: Literal["float", "ffn_only", "full"],
+    k: int,
+    sites: tuple[str, ...],
+    recipe: Recipe,
 ) -> Plan:
     """SAMP's mode: the first k layers quantized, FFN only or every site in `sites`.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from samp_kernels.interface import F32, GEMM_SITES, Array
 
 from samp_core.errors import SampError
 from samp_core.plan import Plan, Recipe
-from samp_kernels.interface import F32, GEMM_SITES, Array
 
 QMAX = 127
 
@@ -24,13 +24,16 @@ def quantize_weight(weight: Array, recipe: Recipe) -> tuple[Array, F32]:
 
 
 def export_weights(
-    tensors: Mapping[str, Array], plan: Plan, scales: Mapping[str, float]
+    tensors: Mapping[str, Array],
+    plan: Plan,
+    memo: dict[tuple[str, str], tuple[Array, F32]] | None = None,
 ) -> dict[str, Array]:
     """The portable tensors of one plan: int8 with scales where it says so, fp32 elsewhere.
 
-    `scales` are the static activation scales that calibrate.py found, under their stored names.
-    Raises SampError for a precision that has no stored form here.
+    `memo` keeps quantized matrices for the next plan of the same tensors. Raises SampError for a
+    precision that has no stored form, or a static scale that the plan lacks.
     """
+    memo = {} if memo is None else memo
     stored: dict[str, Array] = {
         name: np.asarray(tensor, dtype=np.float32) for name, tensor in tensors.items()
     }
@@ -45,15 +48,26 @@ def export_weights(
                 raise SampError(
                     "unsupported_precision", f"{name}: {precision}", "fp32, int8", "edit the plan"
                 )
-            q, scale = quantize_weight(tensors[f"{name}.weight"], entry.recipe)
-            stored[f"{name}.weight"] = q
-            stored[f"{name}.weight_scale"] = scale
+            key = (name, entry.recipe.weight)
+            if key not in memo:
+                memo[key] = quantize_weight(tensors[f"{name}.weight"], entry.recipe)
+            stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = memo[key]
             if entry.recipe.activation == "static":
-                stored[f"{name}.input_scale"] = np.float32(scales[f"{name}.input_scale"]).reshape(1)
+                stored[f"{name}.input_scale"] = _scale(plan, f"{name}.input_scale")
         for site, parts in (("scores", "qk"), ("context", "pv")):
             name = f"layer.{layer}.{site}"
             if plan.precision(name) == "int8":
                 for part in parts:
-                    key = f"{name}.{part}_scale"
-                    stored[key] = np.float32(scales[key]).reshape(1)
+                    stored[f"{name}.{part}_scale"] = _scale(plan, f"{name}.{part}_scale")
     return stored
+
+
+def _scale(plan: Plan, name: str) -> F32:
+    if name not in plan.scales:
+        raise SampError(
+            "no_scale",
+            f"the plan quantizes {name.rsplit('.', 1)[0]} and has no {name}",
+            "a scale for every quantized site, as samp build writes",
+            "give --data, so that the scales are calibrated",
+        )
+    return np.array([plan.scales[name]], dtype=np.float32)

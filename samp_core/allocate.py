@@ -1,0 +1,135 @@
+"""From measured plans to what a tier serves: SAMP's modes, its decay-aware rule, fixed sequences.
+
+Everything here is a pure function of measurements on the search split; nothing sees the
+verification split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from samp_kernels.interface import Array
+
+from samp_core.evaluate import drop_upper_bound, tango_interval
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan as measured on the search split.
+
+    b: texts that float gets right and the plan wrong; c: the reverse; n: texts. latency_ms: one
+    text of median length.
+    """
+
+    name: str
+    latency_ms: float
+    accuracy: float
+    b: int
+    c: int
+    n: int
+
+    @property
+    def drop(self) -> float:
+        return (self.b - self.c) / self.n
+
+
+def predicted_bound(candidate: Candidate, n: int, alpha: float = 0.05) -> float:
+    """The drop bound to expect on n fresh texts if the search split's rates are the true ones.
+
+    Half a changed text is added each way, so that a plan that changed nothing among few texts is
+    not taken for one that never changes anything.
+    """
+    scale = n / candidate.n
+    b = (candidate.b + 0.5) * scale
+    c = (min(candidate.c, candidate.b) + 0.5) * scale
+    return drop_upper_bound(round(b), round(c), n, alpha)
+
+
+def front(candidates: Sequence[Candidate], n: int, alpha: float = 0.05) -> list[Candidate]:
+    """Plans that no other beats in both predicted bound and latency, slowest and safest first."""
+    ordered = sorted(candidates, key=lambda c: (predicted_bound(c, n, alpha), c.latency_ms))
+    kept: list[Candidate] = []
+    for candidate in ordered:
+        if not kept or candidate.latency_ms < kept[-1].latency_ms:
+            kept.append(candidate)
+    return kept
+
+
+def drop_sequence(
+    candidates: Sequence[Candidate],
+    reference: Candidate,
+    promise: float,
+    n: int,
+    *,
+    ceiling_ms: float | None = None,
+    alpha: float = 0.05,
+) -> list[Candidate]:
+    """The plans to verify for a promised drop, safest first; the last that passes is served.
+
+    A test late in the sequence costs nothing when it fails, a test early in it costs everything,
+    so of the safe plans only two stand before the ones near the promise: the fastest whose
+    predicted bound is at most 0.4, and at most 0.7 of the promise.
+    """
+    faster = [
+        c
+        for c in candidates
+        if c.latency_ms < reference.latency_ms
+        and (ceiling_ms is None or c.latency_ms <= ceiling_ms)
+    ]
+    ordered = front(faster, n, alpha)
+    bounds = {c.name: predicted_bound(c, n, alpha) for c in ordered}
+    chosen: list[Candidate] = []
+    for share in (0.4, 0.7):
+        safe = [c for c in ordered if bounds[c.name] <= share * promise]
+        if safe and safe[-1] not in chosen:
+            chosen.append(safe[-1])
+    chosen += [c for c in ordered if bounds[c.name] > 0.7 * promise]
+    return chosen
+
+
+def most_accurate_under(
+    candidates: Sequence[Candidate], ceiling_ms: float, n: int, alpha: float = 0.05
+) -> Candidate | None:
+    """The plan with the smallest predicted bound whose latency is at most the ceiling."""
+    under = [c for c in candidates if c.latency_ms <= ceiling_ms]
+    if not under:
+        return None
+    return min(under, key=lambda c: (predicted_bound(c, n, alpha), c.latency_ms))
+
+
+def decay_aware(plans: Sequence[Candidate], alpha: float = 0.05) -> Candidate:
+    """SAMP's recommendation among `float` and mode(1) .. mode(L), in that order.
+
+    The accuracies A_k are smoothed to fall with k; the plan farthest above the chord from (0, A_0)
+    to (T_0 - T_L, A_L) is where the accuracy lost per millisecond gained begins to jump. If the
+    whole drop is within noise, or nothing lies above the chord, all L layers are quantized.
+    """
+    first, last = plans[0], plans[-1]
+    low, _ = tango_interval(last.b, last.c, last.n, 1.0 - alpha)
+    if low <= 0.0:
+        return min(plans[1:], key=lambda c: c.latency_ms, default=first)
+    accuracy = falling([c.accuracy for c in plans])
+    gained = np.array([first.latency_ms - c.latency_ms for c in plans])
+    span = gained[-1]
+    if span <= 0.0:
+        return first
+    chord = accuracy[0] + (accuracy[-1] - accuracy[0]) * gained / span
+    above = accuracy - chord
+    above[gained <= 0.0] = -np.inf
+    best = int(np.argmax(above))
+    return plans[best] if above[best] > 1e-12 else last
+
+
+def falling(values: Sequence[float]) -> Array:
+    """The closest non-increasing sequence in least squares (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, size = float(value), 1
+        while blocks and blocks[-1][0] < mean:
+            other, count = blocks.pop()
+            mean = (other * count + mean * size) / (count + size)
+            size += count
+        blocks.append((mean, size))
+    return np.concatenate([np.full(size, mean) for mean, size in blocks])

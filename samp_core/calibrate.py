@@ -1,0 +1,123 @@
+"""Activation ranges of every site over data, and the static scales made of them.
+
+Two passes of the float model: the largest magnitude of each site's input, then a histogram of
+magnitudes up to it. Scales are a pure function of the histograms, so that another calibrator
+costs no pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from samp_kernels.interface import Array, Batch, OutputKind
+
+from samp_core.encoder import LoopSession
+from samp_core.errors import SampError
+from samp_core.plan import Recipe
+
+BINS = 8192
+QMAX = 127.0
+
+Ranges = Mapping[str, Array]
+"""name -> histogram [BINS] of |x| over [0, amax], with `<name>.amax` [1] beside it."""
+
+
+def observe(
+    session: LoopSession,
+    batches: Sequence[Batch],
+    output: OutputKind,
+    to_host: Callable[[Any], Array],
+    heads: int,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Array]:
+    """Ranges of every GEMM's input, and of q, k and v of every layer, over these batches.
+
+    Raises SampError naming the first site whose input is not finite.
+    """
+    amax: dict[str, float] = {}
+    counts: dict[str, Array] = {}
+
+    def largest(name: str, x: Array) -> None:
+        value = float(np.abs(x).max(initial=0.0))
+        if not np.isfinite(value):
+            raise SampError(
+                "not_finite",
+                f"the input of {name} holds NaN or infinity",
+                "finite activations",
+                "check the checkpoint and the calibration texts",
+            )
+        amax[name] = max(amax.get(name, 0.0), value)
+
+    def count(name: str, x: Array) -> None:
+        top = amax[name]
+        if top == 0.0:
+            return
+        bins = (np.abs(x).ravel() * ((BINS - 1e-3) / top)).astype(np.int32)
+        histogram = np.bincount(bins, minlength=BINS)[:BINS]
+        counts[name] = counts.get(name, np.zeros(BINS, np.int64)) + histogram
+
+    for visit in (largest, count):
+
+        def observer(site: str, value: Any, visit: Callable[[str, Array], None] = visit) -> None:
+            for name, x in _inputs(site, value, to_host):
+                visit(name, x)
+
+        for batch in batches:
+            session.observe(batch, output, observer)
+            progress()
+    ranges: dict[str, Array] = {}
+    for name, value in amax.items():
+        ranges[name] = counts.get(name, np.zeros(BINS, np.int64))
+        ranges[f"{name}.amax"] = np.array([value])
+    return ranges
+
+
+def scales(ranges: Ranges, recipe: Recipe) -> dict[str, float]:
+    """The static scale of every site under a recipe's calibrator, by stored name.
+
+    minmax: amax / 127. percentile: the magnitude below which that share of all values lies, / 127.
+    """
+    result: dict[str, float] = {}
+    for name in ranges:
+        if name.endswith(".amax"):
+            continue
+        amax = float(ranges[f"{name}.amax"][0])
+        if recipe.calibrator == "percentile":
+            reach = percentile(ranges[name], amax, recipe.percentile or 99.99)
+        elif recipe.calibrator == "minmax":
+            reach = amax
+        else:
+            raise SampError(
+                "unknown_calibrator", recipe.calibrator, "minmax, percentile", "choose one"
+            )
+        key = (
+            f"{name}_scale" if ".scores." in name or ".context." in name else f"{name}.input_scale"
+        )
+        result[key] = max(reach, 1e-8) / QMAX
+    for layer in {name.split(".")[1] for name in ranges}:
+        # A softmax never exceeds 1.
+        result[f"layer.{layer}.context.p_scale"] = 1.0 / QMAX
+    return result
+
+
+def percentile(histogram: Array, amax: float, percent: float) -> float:
+    """The magnitude that `percent` of the values do not exceed; a bin's upper edge."""
+    total = int(histogram.sum())
+    if total == 0:
+        return amax
+    index = int(np.searchsorted(np.cumsum(histogram), total * percent / 100.0))
+    return amax * (min(index, BINS - 1) + 1) / BINS
+
+
+def _inputs(site: str, value: Any, to_host: Callable[[Any], Array]) -> Iterable[tuple[str, Array]]:
+    if not site.endswith(".attention"):
+        yield site, to_host(value)
+        return
+    qkv, _ = value
+    layer = site.removesuffix(".attention")
+    q, k, v = np.split(to_host(qkv), 3, axis=1)
+    yield f"{layer}.scores.q", q
+    yield f"{layer}.scores.k", k
+    yield f"{layer}.context.v", v

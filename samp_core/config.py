@@ -1,0 +1,181 @@
+"""BuildConfig and TierSpec: what the user asks for, checked. One YAML and flag surface."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from samp_core.errors import UsageError
+
+NAME = re.compile(r"[a-z0-9-]+")
+TASKS = ("classification",)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TierSpec(_Strict):
+    """A promise: the largest drop in points, a latency ceiling in ms, both, or neither.
+
+    drop -> the fastest plan that holds it; latency -> the most accurate plan under it; both -> the
+    fastest that holds both; neither -> the decay-aware recommendation.
+    """
+
+    drop: Annotated[float, Field(gt=0, le=100)] | None = None
+    latency: Annotated[float, Field(gt=0)] | None = None
+
+
+class DataSpec(_Strict):
+    """Labelled files. `data` alone is split in three; `exclude` are rows that trained the model."""
+
+    data: Path | None = None
+    calibration: Path | None = None
+    search: Path | None = None
+    verification: Path | None = None
+    exclude: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataSpec:
+        if (self.data is None) == (self.verification is None):
+            raise ValueError("give one file `data`, or `search` and `verification`")
+        if self.verification is not None and self.search is None:
+            raise ValueError("`verification` needs `search` beside it")
+        return self
+
+
+class RowCounts(_Strict):
+    """How many rows calibrate and how many choose; every other row verifies."""
+
+    calibration: Annotated[int, Field(ge=8)] = 256
+    search: Annotated[int, Field(ge=16)] = 1024
+
+
+DEFAULT_TIERS = {
+    "high": TierSpec(drop=0.5),
+    "balanced": TierSpec(drop=1.0),
+    "fast": TierSpec(drop=2.0),
+}
+
+
+class BuildConfig(_Strict):
+    """One build. `exact` (fp32) is always made; `tiers` are the promises beside it."""
+
+    model: Path
+    data: DataSpec
+    name: str
+    task: Literal["classification"] = "classification"
+    head: Path | None = None
+    out: Path | None = None
+    tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
+    default_tier: str = ""
+    backend: Literal["onednn", "reference"] = "onednn"
+    threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
+    calibrator: Literal["auto", "minmax", "percentile"] = "auto"
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    max_length: Annotated[int, Field(ge=4)] | None = None
+    rows: RowCounts = RowCounts()
+    seed: int = 0
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if isinstance(value.get("data"), (str, Path)):
+            value["data"] = {"data": value["data"]}
+        if "name" not in value and isinstance(value.get("model"), (str, Path)):
+            raw = Path(value["model"]).resolve().name.lower()
+            value["name"] = re.sub(r"[^a-z0-9]+", "-", raw).strip("-") or "model"
+        return value
+
+    @model_validator(mode="after")
+    def _names(self) -> BuildConfig:
+        for name in (self.name, *self.tiers):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"name {name!r}: only a-z, 0-9 and - are allowed")
+        if "exact" in self.tiers:
+            raise ValueError("tier 'exact' is always made; leave it out of tiers")
+        if self.default_tier and self.default_tier not in ("exact", *self.tiers):
+            known = ", ".join(("exact", *self.tiers))
+            raise ValueError(f"default_tier {self.default_tier!r} is none of {known}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The output folder: `out`, else model_repository/<name>."""
+        return self.out or Path("model_repository") / self.name
+
+    @property
+    def served_by_default(self) -> str:
+        if self.default_tier:
+            return self.default_tier
+        return "balanced" if "balanced" in self.tiers else next(iter(self.tiers), "exact")
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
+    """A YAML file with flags laid over it. Raises UsageError naming the field."""
+    raw: dict[str, Any] = {}
+    if path is not None:
+        import yaml
+
+        try:
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(
+                "no_config", f"{path}: {error.strerror}", "a readable YAML file", "check the path"
+            ) from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError("bad_config", f"{path}: {reason}", "YAML", "mend it") from None
+        if not isinstance(loaded, dict):
+            got = type(loaded).__name__
+            raise UsageError(
+                "bad_config", f"{path} holds a {got}", "a mapping", "see samp build -h"
+            )
+        raw = loaded
+    raw.update({key: value for key, value in overrides.items() if value is not None})
+    for needed, flag in (("model", "--model"), ("data", "--data")):
+        if needed not in raw:
+            raise UsageError("bad_config", f"no {needed}", f"{needed} or {flag}", "say which")
+    try:
+        return BuildConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "build"
+        given = f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        if first["type"] != "value_error" and not isinstance(first["input"], dict):
+            given += f" (got {first['input']!r})"
+        allowed = ", ".join(BuildConfig.model_fields)
+        raise UsageError("bad_config", given, f"fields {allowed}", "correct the field") from None
+
+
+def parse_tier(text: str) -> tuple[str, TierSpec]:
+    """`NAME`, `NAME:drop=0.5pt`, `NAME:latency=8ms` or `NAME:drop=0.5pt,latency=8ms`."""
+    name, _, body = text.partition(":")
+    fields: dict[str, float] = {}
+    for part in filter(None, body.split(",")):
+        key, _, value = part.partition("=")
+        unit = {"drop": "pt", "latency": "ms"}.get(key)
+        try:
+            if unit is None:
+                raise ValueError
+            fields[key] = float(value.removesuffix(unit))
+        except ValueError:
+            raise UsageError(
+                "bad_tier", f"--tier {text}", "NAME:drop=0.5pt,latency=8ms", "write it like this"
+            ) from None
+    try:
+        return name, TierSpec.model_validate(fields)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UsageError(
+            "bad_tier", f"--tier {text}: {reason}", "drop in (0, 100] pt, latency > 0 ms", "mend it"
+        ) from None

@@ -1,0 +1,77 @@
+"""What a plan costs on this device: whole passes with the real kernels, interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from samp_kernels.interface import Batch, pack_batch
+
+from samp_core.errors import SampError
+from samp_core.text import Encoding
+
+Call = Callable[[Batch], object]
+
+SINGLE = "1"
+"""The bucket of one text of the data's median length; latency targets mean this one."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape class: `name` is its number of texts, `rounds` how often it is measured."""
+
+    name: str
+    batch: Batch
+    rounds: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch.tokens
+
+
+def buckets(encodings: Sequence[Encoding], position_offset: int = 0) -> list[Bucket]:
+    """One text of median length, then 8 and 32 texts spread evenly over the lengths found."""
+    ordered = sorted(encodings, key=lambda e: len(e.ids))
+    made = []
+    for count, rounds in ((1, 15), (8, 8), (32, 4)):
+        if count > len(ordered):
+            break
+        places = ((np.arange(count) + 0.5) / count * len(ordered)).astype(int)
+        chosen = [ordered[i] for i in places]
+        batch = pack_batch(
+            [e.ids for e in chosen], [e.types for e in chosen], position_offset=position_offset
+        )
+        made.append(Bucket(str(count), batch, rounds))
+    return made
+
+
+def measure(
+    calls: Mapping[str, Call],
+    bucket: Bucket,
+    *,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Median milliseconds of each call on a bucket.
+
+    The calls take turns in a shuffled order, so that a slow moment of the machine falls on all;
+    each turn runs once unmeasured first, so that a plan's own weights are in cache as when it is
+    served.
+    """
+    if not calls:
+        raise SampError("nothing_to_measure", "no plans", "one plan or more", "report this")
+    generator = np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for _ in range(bucket.rounds):
+        for index in generator.permutation(len(names)).tolist():
+            call = calls[names[index]]
+            call(bucket.batch)
+            for _ in range(3):
+                begin = time.perf_counter()
+                call(bucket.batch)
+                samples[names[index]].append((time.perf_counter() - begin) * 1e3)
+        progress()
+    return {name: float(np.median(values)) for name, values in samples.items()}

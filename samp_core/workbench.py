@@ -1,0 +1,243 @@
+"""Measures plans of one checkpoint on one device: logits, correctness, latency; all cached."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from samp_kernels.interface import F32, Array, Backend, Session
+
+from samp_core import calibrate, encoder, heads, latency
+from samp_core.cache import Cache
+from samp_core.checkpoint import Checkpoint
+from samp_core.data import Rows, label_ids
+from samp_core.encoder import LoopSession, open_backend, prepare, quantizable_sites
+from samp_core.errors import SampError
+from samp_core.pipeline import batches, run_logits
+from samp_core.plan import Plan, Recipe, mode_plan
+from samp_core.quantize import export_weights
+from samp_core.text import Encoding, TextEncoder
+
+
+class Progress(Protocol):
+    """Where long work is shown: one call a stage, which returns what to call at each step."""
+
+    def __call__(self, title: str, steps: int) -> Callable[[], None]: ...
+
+
+def silent(title: str, steps: int) -> Callable[[], None]:
+    return lambda: None
+
+
+@dataclass
+class Split:
+    """One split's rows, their tokens and gold label ids."""
+
+    rows: Rows
+    encodings: list[Encoding]
+    gold: Array
+
+
+@dataclass
+class Workbench:
+    """What `build` measures with. Sessions share packed weights and are made when first needed."""
+
+    checkpoint: Checkpoint
+    text: TextEncoder
+    head: heads.Head
+    head_weights: Mapping[str, Array]
+    cache: Cache
+    code: str
+    backend_name: str
+    threads: int
+    progress: Progress = silent
+    _backend: Backend | None = None
+    _sessions: dict[str, Session] = field(default_factory=dict)
+    _packs: dict[tuple[str, str, str], Any] = field(default_factory=dict)
+    _quantized: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Backend:
+        if self._backend is None:
+            self._backend = open_backend(self.backend_name, self.threads)
+        return self._backend
+
+    def split(self, rows: Rows) -> Split:
+        gold = label_ids(rows, self.checkpoint.labels)
+        return Split(rows, self.text.encode(rows.texts, offsets=False), gold)
+
+    def base_plan(self) -> Plan:
+        """The float plan, with no provenance yet."""
+        empty = Plan(
+            model_sha256=self.checkpoint.sha256,
+            config=self.checkpoint.plan_config(),
+            backend=self.backend_name,
+            device=device(self.threads),
+            sites={},
+        )
+        return mode_plan(empty, "float", 0, (), Recipe())
+
+    def quantizable(self) -> tuple[str, ...]:
+        return quantizable_sites(self.backend)
+
+    def session(self, plan: Plan) -> Session:
+        key = plan.key()
+        if key not in self._sessions:
+            tensors = export_weights(self.checkpoint.tensors, plan, self._quantized)
+            config = self.checkpoint.config
+            self._sessions[key] = prepare(
+                self.backend, config, tensors, plan, threads=self.threads, packs=self._packs
+            )
+        return self._sessions[key]
+
+    def ranges(self, split: Split) -> dict[str, Array]:
+        """Activation ranges over a split, from the float plan."""
+        plan = self.base_plan()
+
+        def make() -> dict[str, Array]:
+            session = self.session(plan)
+            if not isinstance(session, LoopSession):
+                raise SampError(
+                    "no_calibration", self.backend_name, "a backend that shows its activations",
+                    "calibrate with backend onednn",
+                )  # fmt: skip
+            packed = [batch for batch, _ in batches(split.encodings)]
+            step = self.progress("calibrate: activation ranges", 2 * len(packed))
+            output = self.head.encoder_output
+            to_host, count = self.backend.to_host, self.checkpoint.config.heads
+            return calibrate.observe(session, packed, output, to_host, count, step)
+
+        return self.cache.arrays("ranges", self._key(plan, split), make)
+
+    def logits(self, plan: Plan, split: Split, title: str) -> F32:
+        """[rows, C] of a plan over a split."""
+
+        def make() -> dict[str, Array]:
+            step = self.progress(title, len(batches(split.encodings)))
+            session = self.session(plan)
+            made = run_logits(session, self.head, self.head_weights, split.encodings, step)
+            self._check_executed(session, plan)
+            if not np.isfinite(made).all():
+                raise SampError(
+                    "not_finite", f"{title}: the logits hold NaN or infinity", "finite logits",
+                    "check the checkpoint",
+                )  # fmt: skip
+            return {"logits": made}
+
+        return self.cache.arrays("logits", self._key(plan, split), make)["logits"]
+
+    def latencies(
+        self, plans: Mapping[str, Plan], split: Split, title: str
+    ) -> dict[str, dict[str, float]]:
+        """name -> bucket -> median ms of encoder and head, all plans interleaved."""
+
+        def make() -> dict[str, dict[str, float]]:
+            shapes = latency.buckets(split.encodings, self.checkpoint.config.position_offset)
+            step = self.progress(title, sum(bucket.rounds for bucket in shapes))
+            calls = {name: self._call(self.session(plan)) for name, plan in plans.items()}
+            result: dict[str, dict[str, float]] = {name: {} for name in plans}
+            for bucket in shapes:
+                for name, ms in latency.measure(calls, bucket, progress=step).items():
+                    result[name][bucket.name] = ms
+            return result
+
+        key = {
+            "plans": {name: plan.key() for name, plan in plans.items()},
+            "device": device(self.threads),
+            "title": title,
+        }
+        made: dict[str, dict[str, float]] = self.cache.json(
+            "latency", {**key, **self._key(self.base_plan(), split)}, make
+        )
+        return made
+
+    def close(self) -> None:
+        self._sessions.clear()
+        self._packs.clear()
+
+    def _call(self, session: Session) -> latency.Call:
+        def call(batch: Any) -> object:
+            feature = session.run(batch, output=self.head.encoder_output)
+            return self.head.logits(self.head_weights, feature)
+
+        return call
+
+    def _check_executed(self, session: Session, plan: Plan) -> None:
+        executed = session.executed()
+        wrong = {s: p for s, p in executed.items() if p != plan.precision(s)}
+        if wrong:
+            site, ran = next(iter(wrong.items()))
+            raise SampError(
+                "wrong_kernel", f"{site} ran in {ran}", plan.precision(site), "report this"
+            )
+
+    def _key(self, plan: Plan, split: Split) -> dict[str, Any]:
+        return {
+            "plan": plan.key(),
+            "split": split.rows.sha256,
+            "max_length": self.text.max_length,
+            "code": self.code,
+            "versions": versions(),
+        }
+
+
+def device(threads: int) -> dict[str, Any]:
+    """What latencies were measured on: the CPU's name, its best integer ISA, the threads."""
+    name, isa = platform.machine(), "portable"
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        info = ""
+    for line in info.splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    for flag in ("amx_int8", "avx512_vnni", "avx_vnni", "avx2"):
+        if flag in info:
+            isa = flag
+            break
+    return {"cpu": name, "isa": isa, "threads": threads}
+
+
+def versions() -> dict[str, str]:
+    """The versions that can change a result."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("samp-triton", "torch", "numpy", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def forwards() -> int:
+    """Encoder passes of this process so far."""
+    return encoder.FORWARDS
+
+
+def kl_divergence(reference: F32, logits: F32) -> float:
+    """Mean KL(softmax(reference) || softmax(logits)) over rows, in nats."""
+
+    def log_softmax(x: F32) -> Array:
+        x = x.astype(np.float64)
+        x = x - x.max(axis=1, keepdims=True)
+        return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def recipes(calibrator: str, percent: float) -> Sequence[Recipe]:
+    """The recipes to try; `auto` compares them on the search split."""
+    minmax = Recipe(calibrator="minmax")
+    if calibrator == "minmax":
+        return (minmax,)
+    if calibrator == "percentile":
+        return (Recipe(calibrator="percentile", percentile=percent),)
+    return (minmax, *(Recipe(calibrator="percentile", percentile=p) for p in (99.99, 99.9)))
