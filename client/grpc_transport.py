@@ -28,7 +28,9 @@ class GrpcTransport:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._client = triton.InferenceServerClient(address, channel_args=_channel_args(address))
+        self._client: Any = triton.InferenceServerClient(
+            address, channel_args=_channel_args(address)
+        )
 
     def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
         tensor = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
@@ -67,6 +69,9 @@ class GrpcTransport:
 
     def close(self) -> None:
         self._client.close()
+        # tritonclient closes once more when it is collected; under gevent that hangs if it happens
+        # as late as the interpreter's end.
+        self._client = None
 
     def _call(self, what: str, timeout_s: float, call: Callable[[], _Result]) -> _Result:
         what = f"{what} on {self._address} over gRPC"
@@ -80,9 +85,6 @@ class GrpcTransport:
             if status in _NO_SERVER and _NO_CONNECTION.search(message):
                 raise errors.unreachable(what, message) from None
             raise errors.from_status(status, message, what) from None
-        except ValueError as error:
-            # grpcio: "Cannot invoke RPC on closed channel!"
-            raise errors.unreachable(what, str(error)) from None
 
 
 def _channel_args(address: str) -> list[tuple[str, int]]:

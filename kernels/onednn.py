@@ -187,7 +187,7 @@ class OneDnnBackend:
         if precisions != ("fp32", "fp32"):
             raise UnsupportedPrecision("attention", " and ".join(precisions), "fp32 and fp32")
         self.ran = precisions
-        tokens, width = qkv.shape
+        width = qkv.shape[1]
         hidden = width // 3
         dim = hidden // heads
         pieces = []

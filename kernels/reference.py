@@ -6,6 +6,7 @@ Integer products are summed in int64, so that they are exact for any size.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -107,7 +108,7 @@ class ReferenceBackend:
         hidden = width // 3
         dim = hidden // heads
         result = np.empty((tokens, hidden))
-        for begin, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+        for begin, end in itertools.pairwise(cu_seqlens):
             length = int(end - begin)
             q, k, v = qkv[begin:end].reshape(length, 3, heads, dim).transpose(1, 2, 0, 3)
             scores = _product(q, k.transpose(0, 2, 1), precisions[0], scales, "q", "k")

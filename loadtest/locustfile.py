@@ -29,7 +29,7 @@ from locust import events
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopTest
-from locust.runners import WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 from samp_client import Client, ClientError, Counters, ServerError, TierTimes, connect
 from samp_client.transport import ProtocolName
 from samp_loadtest.results import Samples, report, table
@@ -42,6 +42,7 @@ REPORT_VARIABLE = "SAMP_REPORT"
 _POLL_S = 2.0
 # A server that refuses connections would otherwise be asked thousands of times a second.
 _BACKOFF_S = 0.2
+_STOP_S = 5.0
 _numbers = itertools.count()
 
 
@@ -68,9 +69,13 @@ class TierUser(locust.User):
 
     abstract = True
     protocol: ProtocolName
+    client: Client | None = None
 
     def on_start(self) -> None:
         options: Any = self.environment.parsed_options
+        if self.protocol not in test.addresses:
+            logger.error("a %s user without an address: give --%s-host", *[self.protocol] * 2)
+            raise locust.exception.StopUser
         self.think_time_s: float = options.think_time
         self.rows = options.rows
         # Each user has its own order, and the same one in every run.
@@ -78,7 +83,7 @@ class TierUser(locust.User):
         texts = list(test.texts)
         self.random.shuffle(texts)
         self.texts = itertools.cycle(texts)
-        self.client = connect(
+        client = connect(
             test.addresses[self.protocol],
             self.protocol,
             model=options.model or None,
@@ -86,20 +91,24 @@ class TierUser(locust.User):
         )
         try:
             # Connects and reads the metadata, so that no recorded request pays for it.
-            check_tiers(self.client, test.mix, self.rows)
-            self.client.labels()
+            check_tiers(client, test.mix, self.rows)
+            client.labels()
         except ClientError as error:
+            client.close()
             logger.error("%s", error)
             raise locust.exception.StopUser from None
+        self.client = client
 
     def on_stop(self) -> None:
-        self.client.close()
+        if self.client is not None:
+            self.client.close()
 
     def wait_time(self) -> float:
         return self.think_time_s
 
     @locust.task
     def predict(self) -> None:
+        assert self.client is not None
         (tier,) = self.random.choices(list(test.mix), list(test.mix.values()))
         texts = list(itertools.islice(self.texts, self.rows))
         failure: ClientError | None = None
@@ -134,35 +143,34 @@ _USERS: tuple[type[TierUser], ...] = (TritonGrpcUser, TritonHttpUser)
 
 def add_options(parser: LocustArgumentParser) -> None:
     """Options of the command line, of the environment and of the page's start form."""
-    group = parser.add_argument_group("SAMP")
-    group.add_argument(
+    parser.add_argument(
         "--tiers",
         env_var="SAMP_TIERS",
         default="balanced",
         help="tier, or a mix: fast=3,exact=1",
     )
-    group.add_argument(
+    parser.add_argument(
         "--model", env_var="SAMP_MODEL", default="", help="needed if the server has several"
     )
-    group.add_argument(
+    parser.add_argument(
         "--texts",
         env_var="SAMP_TEXTS",
         default="",
         help=".jsonl with `text`, or a file with one text per line; default: a few sentences",
     )
-    group.add_argument(
+    parser.add_argument(
         "--rows", env_var="SAMP_ROWS", type=int, default=1, help="texts in one request"
     )
-    group.add_argument(
+    parser.add_argument(
         "--grpc-host", env_var="SAMP_GRPC_HOST", default="", help="host:port of gRPC"
     )
-    group.add_argument(
+    parser.add_argument(
         "--http-host", env_var="SAMP_HTTP_HOST", default="", help="host:port of HTTP"
     )
-    group.add_argument(
+    parser.add_argument(
         "--request-timeout", env_var="SAMP_REQUEST_TIMEOUT", type=float, default=30.0, help="s"
     )
-    group.add_argument(
+    parser.add_argument(
         "--think-time",
         env_var="SAMP_THINK_TIME",
         type=float,
@@ -180,7 +188,13 @@ def on_init(environment: Environment, **_: Any) -> None:
     options: Any = environment.parsed_options
     if environment.stop_timeout in (None, 0):
         # Requests under way at the end are answered and counted, not cut off.
-        environment.stop_timeout = options.request_timeout
+        environment.stop_timeout = min(_STOP_S, options.request_timeout)
+    if isinstance(environment.runner, MasterRunner) and (
+        environment.host or options.grpc_host or options.http_host
+    ):
+        # A master takes its users before the test starts, and later changes are not seen.
+        test.addresses = find_addresses(environment.host, options.grpc_host, options.http_host)
+        _choose_users(environment)
     if environment.web_ui is not None:
         _add_tab(environment.web_ui)
 
@@ -189,11 +203,13 @@ def on_test_start(environment: Environment, **_: Any) -> None:
     """Check everything that was given before the first user starts."""
     options: Any = environment.parsed_options
     test.samples, test.unsent, test.times, test.before = {}, {}, [], {}
+    environment.process_exit_code = None
     try:
         test.mix = parse_mix(options.tiers)
         test.texts = read_texts(options.texts)
         test.addresses = find_addresses(environment.host, options.grpc_host, options.http_host)
-        _choose_users(environment)
+        if not isinstance(environment.runner, (MasterRunner, WorkerRunner)):
+            _choose_users(environment)
         if not isinstance(environment.runner, WorkerRunner):
             _start_watching(options)
     except (ClientError, ValueError) as error:
@@ -224,7 +240,19 @@ def on_worker_report(client_id: str, data: dict[str, Any]) -> None:
 
 
 def on_test_stop(environment: Environment, **_: Any) -> None:
-    if isinstance(environment.runner, WorkerRunner) or test.watcher is None:
+    options: Any = environment.parsed_options
+    # The last figures of a master's workers come after this, and before it quits.
+    if not (isinstance(environment.runner, MasterRunner) and options.headless):
+        _finish()
+
+
+def on_quitting(**_: Any) -> None:
+    _finish()
+
+
+def _finish() -> None:
+    """Read the server's counters a last time, print both sides, write the report."""
+    if test.watcher is None:
         return
     if test.polling is not None:
         test.polling.kill()
@@ -351,6 +379,7 @@ def _listen(hooks: Any) -> None:
     hooks.report_to_master.add_listener(on_report_to_master)
     hooks.worker_report.add_listener(on_worker_report)
     hooks.test_stop.add_listener(on_test_stop)
+    hooks.quitting.add_listener(on_quitting)
 
 
 _listen(events)

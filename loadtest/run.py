@@ -76,6 +76,7 @@ def run_loadtest(
             *("-f", str(Path(__file__).with_name("locustfile.py"))),
             _USERS[protocol],
             *("--headless", "--only-summary", "--exit-code-on-error", "0"),
+            *("--stop-timeout", str(math.ceil(timeout_s))),
             *("-u", str(users), "-r", str(spawn_rate or min(users, 100))),
             *("-t", f"{math.ceil(seconds)}s", f"--{protocol}-host", url),
             *("--tiers", format_mix(mix), "--texts", _texts_file(texts, Path(folder))),

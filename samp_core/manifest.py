@@ -79,7 +79,7 @@ def read_manifest(out: Path) -> Manifest:
         )
     path = current / "manifest.json"
     try:
-        body = json.loads(path.read_text())
+        body = json.loads(path.read_text(encoding="utf-8"))
         if body["schema"] != SCHEMA:
             raise SampError(
                 "wrong_schema",
@@ -129,7 +129,7 @@ def check_folder(folder: Path) -> None:
     """Check a served version folder against its sha256.json, as a model does before it loads."""
     listing = folder / HASHES
     try:
-        expected = json.loads(listing.read_text())
+        expected = json.loads(listing.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _damaged(str(listing), f"it cannot be read ({error})") from None
     for name, sha256 in expected.items():

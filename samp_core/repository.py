@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -150,7 +151,7 @@ def write_build(
             tokenizer, encoder, served_head, model=model, tier=name
         )
         (models / ensemble.name / "1").mkdir(parents=True)
-        (models / ensemble.name / "config.pbtxt").write_text(ensemble.to_pbtxt())
+        (models / ensemble.name / "config.pbtxt").write_text(ensemble.to_pbtxt(), encoding="utf-8")
 
     files = {
         str(path.relative_to(partial)): file_sha256(path)
@@ -169,7 +170,7 @@ def write_build(
         },
         files=files,
     )
-    (partial / "manifest.json").write_text(manifest.to_json())
+    (partial / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     folder = _place(partial, manifest, json.dumps(dict(build), indent=1, ensure_ascii=False) + "\n")
     activate(out, folder)
     return folder
@@ -181,8 +182,10 @@ def activate(out: Path, build: Path) -> None:
     Triton reloads a model only when its newest file became newer, also on the way back to an
     older build.
     """
+    before = (path.stat().st_mtime_ns for path in (out / "current" / "models").rglob("*"))
+    newer = max(time.time_ns(), 1 + max(before, default=0))
     for path in build.glob("models/*/config.pbtxt"):
-        os.utime(path)
+        os.utime(path, ns=(newer, newer))
     link = out / f"current.{os.getpid()}{PARTIAL}"
     link.unlink(missing_ok=True)
     link.symlink_to(build.relative_to(out), target_is_directory=True)
@@ -222,8 +225,8 @@ def _version_folder(models: Path, config: model_config.ModelConfig, role: str) -
     (folder / "model.py").write_bytes(template.read_bytes())
     yield folder
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-    (folder / HASHES).write_text(json.dumps(sums, indent=1) + "\n")
-    (folder.parent / "config.pbtxt").write_text(config.to_pbtxt())
+    (folder / HASHES).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    (folder.parent / "config.pbtxt").write_text(config.to_pbtxt(), encoding="utf-8")
 
 
 def _save_weights(path: Path, weights: Mapping[str, Array]) -> None:
@@ -240,7 +243,7 @@ def _place(partial: Path, manifest: Manifest, build_json: str) -> Path:
     for copy in itertools.count(1):
         target = builds / (identity if copy == 1 else f"{identity}-{copy}")
         if not target.exists():
-            (partial / "build.json").write_text(build_json)
+            (partial / "build.json").write_text(build_json, encoding="utf-8")
             for path in partial.rglob("*"):
                 _fsync(path)
             _fsync(partial)
@@ -252,7 +255,7 @@ def _place(partial: Path, manifest: Manifest, build_json: str) -> Path:
         except SampError:
             continue  # a damaged copy may be in use: it stays, and this build gets another name
         written = target / f"build.json{PARTIAL}"
-        written.write_text(build_json)
+        written.write_text(build_json, encoding="utf-8")
         _fsync(written)
         written.replace(target / "build.json")
         shutil.rmtree(partial)

@@ -37,8 +37,8 @@ from samp_core.shm import Regions
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0
-# Requests in flight get this long at a stop, and so does a model whose process has died.
-EXIT_TIMEOUT_S = 10
+# What a stop gives to requests in flight, to idle HTTP connections and to unloading, together.
+EXIT_TIMEOUT_S = 6
 # Larger files are hashed by the model that loads them.
 _HASHED_AT_START = 1 << 20
 _START_ATTEMPTS = 3
@@ -255,8 +255,9 @@ class Server:
                 os.kill(self.pid, signal.SIGTERM)
                 with contextlib.suppress(TimeoutError):
                     self.wait(EXIT_TIMEOUT_S + 5)
+            else:
+                self._keep_log |= self.poll() != 0
             # Clean or not: a model process may outlive its Triton, in the same process group.
-            self._keep_log |= self.poll() != 0
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
             self._regions.release(keep_log=self._keep_log)

@@ -92,7 +92,7 @@ class Encoder:
         from samp_core.encoder import load_session
 
         check_folder(folder)
-        config = EncoderConfig(**json.loads((folder / "encoder.json").read_text()))
+        config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))
         threads = int(os.environ.get("SAMP_THREADS") or parameters["threads"])
         output: Any = parameters["output"]
         session = load_session(folder, threads=threads)
