@@ -58,7 +58,7 @@ class Workbench:
     _backend: Backend | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _packs: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-    _quantized: dict[tuple[str, str], Any] = field(default_factory=dict)
+    quantized: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @property
     def backend(self) -> Backend:
@@ -87,7 +87,7 @@ class Workbench:
     def session(self, plan: Plan) -> Session:
         key = plan.key()
         if key not in self._sessions:
-            tensors = export_weights(self.checkpoint.tensors, plan, self._quantized)
+            tensors = export_weights(self.checkpoint.tensors, plan, self.quantized)
             config = self.checkpoint.config
             self._sessions[key] = prepare(
                 self.backend, config, tensors, plan, threads=self.threads, packs=self._packs

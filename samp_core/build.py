@@ -1,0 +1,450 @@
+"""The build: checkpoint and labelled data in, a verified model repository out.
+
+measure on the search split -> allocate -> verify on rows that the search never saw -> write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from samp_kernels.interface import Array
+
+from samp_core import allocate, cache, calibrate, evaluate, heads
+from samp_core.allocate import Candidate
+from samp_core.checkpoint import Checkpoint, load_checkpoint
+from samp_core.config import BuildConfig, TierSpec
+from samp_core.data import Splits, combine_splits, read_rows, split_rows
+from samp_core.errors import SampError
+from samp_core.latency import SINGLE
+from samp_core.plan import Plan, Recipe, mode_plan
+from samp_core.quantize import export_weights
+from samp_core.repository import TierFiles, build_lock, check_names, write_build
+from samp_core.text import TextEncoder
+from samp_core.workbench import (
+    Progress,
+    Split,
+    Workbench,
+    forwards,
+    kl_divergence,
+    recipes,
+    silent,
+    versions,
+)
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tier serves, and every verification test on the way to it.
+
+    `met` is False where the promise cannot be kept even by the plan served.
+    """
+
+    tier: str
+    spec: TierSpec
+    plan: str
+    tests: tuple[tuple[str, evaluate.DropTest], ...]
+    met: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tier's plan on the verification split; accuracies are fractions, drops too."""
+
+    accuracy: float
+    ci95: tuple[float, float]
+    counts: evaluate.Counts
+    drop_bound: float
+    latency_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What `samp build --json` prints, and where the build is."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
+def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
+    """Run a whole build into config.folder. Raises SampError; work done so far stays cached."""
+    begin = time.perf_counter()
+    before = forwards()
+    check_names(config.name, ["exact", *config.tiers], config.served_by_default)
+    with build_lock(config.folder):
+        cache.clean(config.folder / "cache")
+        bench = open_workbench(config, progress)
+        warnings: list[str] = []
+        splits = read_splits(config, warnings)
+        parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
+        calibration, search, verification = parts
+        plans = plan_modes(config, bench, calibration, search)
+        candidates = measure_modes(config, bench, plans, search)
+        correct = Verifier(bench, plans, verification, config.alpha)
+        choices = {
+            name: choose(name, spec, config, bench.checkpoint, candidates, correct)
+            for name, spec in config.tiers.items()
+        }
+        exact = Choice("exact", TierSpec(), FLOAT, (), True)
+        choices = {"exact": exact, **choices}
+        served = {name: plans[choice.plan] for name, choice in choices.items()}
+        latencies = bench.latencies(served, search, "measure the tiers again")
+        measured = {
+            name: correct.measured(choice.plan, latencies[name]) for name, choice in choices.items()
+        }
+        for choice in choices.values():
+            warnings += choice.warnings
+        tiers = {
+            name: tier_files(config, bench, plans, choice, measured, splits)
+            for name, choice in choices.items()
+        }
+        record = {
+            "config": config.model_dump(mode="json"),
+            "candidates": [asdict(c) for c in candidates.values()],
+            "splits": {k: {"n": s.n, "sha256": s.sha256} for k, s in named_splits(splits).items()},
+            "warnings": warnings,
+        }
+        step = progress("write the model repository", 1)
+        folder = write(config, bench, tiers, record)
+        step()
+        rows = [
+            tier_row(config, choice, tiers[name], measured, folder)
+            for name, choice in choices.items()
+        ]
+        bench.close()
+    report = {
+        "repository": str(config.folder),
+        "tiers": rows,
+        "seconds": round(time.perf_counter() - begin, 2),
+        "cache": {"hits": bench.cache.hits, "misses": bench.cache.misses},
+        "forwards": forwards() - before,
+        "warnings": warnings,
+    }
+    return BuildResult(folder, report)
+
+
+def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
+    """The checkpoint, its tokenizer and head, checked before anything long begins."""
+    checkpoint = load_checkpoint(config.model)
+    head = heads.register(config.head) if config.head else heads.get(config.task)
+    return Workbench(
+        checkpoint=checkpoint,
+        text=TextEncoder.load(config.model, config.max_length),
+        head=head,
+        head_weights=head.export(checkpoint.state, checkpoint.hf_config),
+        cache=cache.Cache(config.folder / "cache"),
+        code=cache.code_sha256(),
+        backend_name=config.backend,
+        threads=config.threads,
+        progress=progress,
+    )
+
+
+def read_splits(config: BuildConfig, warnings: list[str]) -> Splits:
+    """The three splits, disjoint, without the rows that trained the checkpoint."""
+    spec = config.data
+    exclude = read_rows(spec.exclude, labelled=False) if spec.exclude else None
+    sizes = config.rows
+    if spec.data is not None:
+        rows = read_rows(spec.data)
+        splits = split_rows(
+            rows, sizes.calibration, sizes.search, seed=config.seed, exclude=exclude
+        )
+    else:
+        assert spec.search is not None
+        assert spec.verification is not None
+        first = read_rows(spec.calibration or spec.search)
+        splits = combine_splits(
+            first,
+            read_rows(spec.search) if spec.calibration else None,
+            read_rows(spec.verification),
+            exclude,
+            calibration_size=sizes.calibration,
+            search_size=sizes.search,
+            seed=config.seed,
+        )
+    if exclude is None:
+        warnings.append(
+            "no `exclude` file: make sure that none of these rows trained the checkpoint"
+        )
+    if splits.in_training:
+        warnings.append(f"{splits.in_training} rows left out: their texts trained the checkpoint")
+    return splits
+
+
+def named_splits(splits: Splits) -> dict[str, Any]:
+    return {
+        "calibration": splits.calibration,
+        "search": splits.search,
+        "verification": splits.verification,
+    }
+
+
+def plan_modes(
+    config: BuildConfig, bench: Workbench, calibration: Split, search: Split
+) -> dict[str, Plan]:
+    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the calibrator that loses least."""
+    base = bench.base_plan()
+    sites = bench.quantizable()
+    plans = {FLOAT: replace(base, versions=versions())}
+    if not sites:
+        return plans
+    ranges = bench.ranges(calibration)
+    layers = base.layers
+    reference = bench.logits(base, search, "search: float")
+    best: tuple[float, Recipe, Plan] | None = None
+    options = recipes(config.calibrator, config.percentile)
+    for recipe in options:
+        scaled = replace(base, scales=calibrate.scales(ranges, recipe), versions=versions())
+        if len(options) == 1:
+            best = (0.0, recipe, scaled)
+            break
+        name = recipe.calibrator + (f" {recipe.percentile}" if recipe.percentile else "")
+        plan = mode_plan(scaled, "full", layers, sites, recipe)
+        logits = bench.logits(plan, search, f"compare calibrators: {name}")
+        loss = kl_divergence(reference, logits)
+        if best is None or loss < best[0]:
+            best = (loss, recipe, scaled)
+    assert best is not None
+    _, recipe, scaled = best
+    for kind in ("ffn_only", "full"):
+        for k in range(1, layers + 1):
+            plan = mode_plan(scaled, kind, k, sites, recipe)  # type: ignore[arg-type]
+            plans[str(plan.mode)] = plan
+    return plans
+
+
+def measure_modes(
+    config: BuildConfig, bench: Workbench, plans: Mapping[str, Plan], search: Split
+) -> dict[str, Candidate]:
+    """Every plan's accuracy and latency on the search split."""
+    gold = search.gold
+    float_logits = bench.logits(plans[FLOAT], search, "search: float")
+    reference = float_logits.argmax(axis=1) == gold
+    floor = float(np.bincount(gold).max() / len(gold))
+    if reference.mean() <= floor and len(gold) >= 100:
+        raise SampError(
+            "labels_disagree",
+            f"the float model is right on {reference.mean():.1%} of the search rows; always "
+            f"answering the most frequent label would be right on {floor:.1%}",
+            "labels that the checkpoint was trained for",
+            "check id2label in config.json against the labels in the data",
+        )
+    latencies = bench.latencies(plans, search, "measure latencies")
+    result = {}
+    for name, plan in plans.items():
+        logits = bench.logits(plan, search, f"search: {name}")
+        right = logits.argmax(axis=1) == gold
+        b, c, n = evaluate.paired_counts(reference, right)
+        expected = allocate.expected_changes(float_logits, logits, gold)
+        ms = latencies[name][SINGLE]
+        result[name] = Candidate(name, ms, float(right.mean()), b, c, n, *expected)
+    return result
+
+
+class Verifier:
+    """Tests plans on the verification split; each plan runs over it at most once."""
+
+    def __init__(
+        self, bench: Workbench, plans: Mapping[str, Plan], split: Split, alpha: float
+    ) -> None:
+        self._bench = bench
+        self._plans = plans
+        self._split = split
+        self._alpha = alpha
+        self.n = len(split.gold)
+
+    def correct(self, name: str) -> Array:
+        logits = self._bench.logits(self._plans[name], self._split, f"verify: {name}")
+        return np.asarray(logits.argmax(axis=1) == self._split.gold)
+
+    def test(self, name: str, promise: float) -> evaluate.DropTest:
+        return evaluate.drop_test(self.correct(FLOAT), self.correct(name), promise, self._alpha)
+
+    def measured(self, name: str, latency_ms: Mapping[str, float]) -> Measured:
+        right = self.correct(name)
+        counts = evaluate.paired_counts(self.correct(FLOAT), right)
+        return Measured(
+            accuracy=float(right.mean()),
+            ci95=tuple(evaluate.wilson_interval(int(right.sum()), len(right))),  # type: ignore[arg-type]
+            counts=counts,
+            drop_bound=evaluate.drop_upper_bound(*counts, self._alpha),
+            latency_ms=latency_ms,
+        )
+
+
+def choose(
+    tier: str,
+    spec: TierSpec,
+    config: BuildConfig,
+    checkpoint: Checkpoint,
+    candidates: Mapping[str, Candidate],
+    verifier: Verifier,
+) -> Choice:
+    """The plan of one tier, by its wish; verified where it promises a drop."""
+    reference = candidates[FLOAT]
+    everything = list(candidates.values())
+    if spec.drop is not None:
+        return _by_drop(tier, spec, config, reference, everything, verifier)
+    if spec.latency is not None:
+        chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, config.alpha)
+        if chosen is not None:
+            return Choice(tier, spec, chosen.name, (), True)
+        fastest = min(everything, key=lambda c: c.latency_ms)
+        note = (
+            f"tier {tier}: no plan is under {spec.latency:g} ms; the nearest, {fastest.name}, "
+            f"takes {fastest.latency_ms:.2f} ms and is served"
+        )
+        return Choice(tier, spec, fastest.name, (), False, (note,))
+    recommended = [
+        allocate.decay_aware([reference, *(c for c in everything if c.name.startswith(kind))])
+        for kind in ("ffn_only", "full")
+    ]
+    best = min(recommended, key=lambda c: c.latency_ms)
+    return Choice(tier, spec, best.name, (), True)
+
+
+def _by_drop(
+    tier: str,
+    spec: TierSpec,
+    config: BuildConfig,
+    reference: Candidate,
+    candidates: Sequence[Candidate],
+    verifier: Verifier,
+) -> Choice:
+    assert spec.drop is not None
+    promise = spec.drop / 100.0
+    n = verifier.n
+    sequence = allocate.drop_sequence(
+        candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=config.alpha
+    )
+    result = evaluate.fixed_sequence(
+        [c.name for c in sequence], lambda name: verifier.test(name, promise)
+    )
+    notes: list[str] = []
+    least = evaluate.drop_upper_bound(0, 0, n, config.alpha)
+    met = result.served is not None or least <= promise
+    if least > promise:
+        needed = evaluate.examples_needed(promise, 0.0, 0.0, 0.8, config.alpha)
+        notes.append(
+            f"tier {tier}: a promise of {spec.drop:g} points needs at least {needed:,} "
+            f"verification rows even for a plan that changes nothing; there are {n:,}"
+        )
+    if result.tests and not result.tests[-1][1].passed:
+        name, test = result.tests[-1]
+        rate = (test.b + test.c) / test.n
+        if test.drop < promise and rate > 0:
+            needed = _needed(promise, rate, max(test.drop, 0.0), config.alpha)
+            notes.append(
+                f"tier {tier}: {name} was stopped by its bound of {test.bound * 100:.2f} points "
+                f"(drop {test.drop * 100:.2f}); about {needed} verification rows could settle it"
+            )
+    if spec.latency is not None and result.served is None and reference.latency_ms > spec.latency:
+        met = False
+        fastest = min(candidates, key=lambda c: c.latency_ms)
+        notes.append(
+            f"tier {tier}: no plan holds {spec.drop:g} points within {spec.latency:g} ms; exact "
+            f"takes {reference.latency_ms:.2f} ms, the fastest plan ({fastest.name}) "
+            f"{fastest.latency_ms:.2f} ms; exact's plan is served"
+        )
+    elif result.served is None:
+        notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
+    return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
+
+
+def _needed(promise: float, rate: float, drop: float, alpha: float) -> str:
+    try:
+        return f"{evaluate.examples_needed(promise, max(rate, drop), drop, 0.8, alpha):,}"
+    except ValueError:
+        return "more than 100,000,000"
+
+
+def tier_files(
+    config: BuildConfig,
+    bench: Workbench,
+    plans: Mapping[str, Plan],
+    choice: Choice,
+    measured: Mapping[str, Measured],
+    splits: Splits,
+) -> TierFiles:
+    """The plan with its provenance, and the portable weights under it."""
+    facts = measured[choice.tier]
+    tests = [
+        {"plan": name, **asdict(test), "passed": bool(test.passed)} for name, test in choice.tests
+    ]
+    plan = plans[choice.plan].with_provenance(
+        search={
+            "strategy": "samp",
+            "seed": config.seed,
+            "wish": choice.spec.model_dump(),
+            "splits": {k: {"n": s.n, "sha256": s.sha256} for k, s in named_splits(splits).items()},
+        },
+        measured={
+            "latency_ms": dict(facts.latency_ms),
+            "metric": "accuracy",
+            "value": facts.accuracy,
+            "float_value": measured["exact"].accuracy,
+            "changed": [facts.counts.b, facts.counts.c],
+            "drop_bound": facts.drop_bound,
+            "alpha": config.alpha,
+            "tests": tests,
+        },
+    )
+    return TierFiles(plan, export_weights(bench.checkpoint.tensors, plan, bench.quantized))
+
+
+def write(
+    config: BuildConfig,
+    bench: Workbench,
+    tiers: Mapping[str, TierFiles],
+    record: Mapping[str, Any],
+) -> Path:
+    """Hand everything to the repository writer; the swap is its last step."""
+    return write_build(
+        config.folder,
+        model=config.name,
+        task=config.task,
+        head=bench.head.name,
+        labels=bench.checkpoint.labels,
+        max_length=bench.text.max_length,
+        text=bench.text,
+        head_weights=bench.head_weights,
+        encoder_config=bench.checkpoint.config,
+        tiers=tiers,
+        default_tier=config.served_by_default,
+        build=record,
+        threads=config.threads,
+    )
+
+
+def tier_row(
+    config: BuildConfig,
+    choice: Choice,
+    files: TierFiles,
+    measured: Mapping[str, Measured],
+    folder: Path,
+) -> dict[str, Any]:
+    """One tier as `samp build --json` prints it; values and drops in points of accuracy."""
+    facts = measured[choice.tier]
+    weights = (
+        folder / "models" / f"encoder_{config.name}_{choice.tier}" / "1" / "weights.safetensors"
+    )
+    return {
+        "name": choice.tier,
+        "plan": files.plan.summary(),
+        "metric": "accuracy",
+        "value": round(facts.accuracy * 100, 3),
+        "ci95": [round(end * 100, 3) for end in facts.ci95],
+        "drop_bound": 0.0 if choice.tier == "exact" else round(facts.drop_bound * 100, 3),
+        "promise": choice.spec.model_dump(exclude_none=True),
+        "met": choice.met,
+        "latency_ms": {bucket: round(ms, 3) for bucket, ms in facts.latency_ms.items()},
+        "size_mb": round(weights.stat().st_size / 1e6, 1),
+    }
