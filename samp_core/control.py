@@ -9,7 +9,8 @@ import json
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from samp_core.errors import SampError
@@ -19,6 +20,7 @@ _HARMLESS = re.compile(
     r"pinned system memory|CUDA memory pool disabled|CudaDriverHelper|NVML|DCGM|CUDA driver version"
 )
 _ERROR_LINE = re.compile(r"(?:[EF]\d{4} [\d:.]+ +\d+ \S+\] *|[Ee]rror: |ERROR: )(.*)")
+_LISTEN = "0A"
 _TAKEN = re.compile(r"Socket '[^']*:(\d+)' already in use")
 _RAISED = re.compile(r"(?:Internal: )?(?:SampError: )?(.*?)(?:\n\nAt:|$)", re.S)
 
@@ -33,14 +35,6 @@ class Control:
 
     address: str
     timeout_s: float = 180.0
-
-    def server_id(self) -> str | None:
-        """The `--id` of the server that answers; None while none does."""
-        try:
-            body = replace(self, timeout_s=5.0)._request("GET", "/v2")
-        except (OSError, ValueError, http.client.HTTPException, ControlError):
-            return None
-        return body.get("name") if isinstance(body, dict) else None
 
     def index(self) -> dict[str, dict[str, str]]:
         """model -> {state, reason}; without a state where it was never loaded."""
@@ -65,14 +59,21 @@ class Control:
         return content
 
 
-def listens(address: str) -> bool:
-    """Whether something accepts connections at "host:port"."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=5):
-            return True
-    except OSError:
-        return False
+def listens(pid: int, port: int) -> bool:
+    """Whether that very process listens on a port: another one may hold it and answer."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    with contextlib.suppress(OSError):
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(descriptor.readlink()) in sockets:
+                    return True
+    return False
 
 
 def choose_ports(host: str, wanted: Sequence[int]) -> list[int]:

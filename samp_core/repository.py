@@ -148,7 +148,12 @@ def write_build(
             save_encoder(folder, encoder_config, tier.plan)
             _save_weights(folder / "weights.safetensors", tier.weights)
         ensemble = model_config.ensemble_config(
-            tokenizer, encoder, served_head, model=model, tier=name
+            tokenizer,
+            encoder,
+            served_head,
+            model=model,
+            tier=name,
+            promise=dict(tier.plan.search.get("wish", {})).get("drop"),
         )
         (models / ensemble.name / "1").mkdir(parents=True)
         (models / ensemble.name / "config.pbtxt").write_text(ensemble.to_pbtxt(), encoding="utf-8")

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -131,7 +131,6 @@ class Server:
         http_port, grpc_port, metrics_port = ports
         command = [
             *triton.command(),
-            f"--id={regions.prefix}",
             f"--model-repository={models_folder(out).absolute()}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in models),
@@ -182,13 +181,14 @@ class Server:
     def _wait_ready(self, models: Sequence[str]) -> None:
         """Return when all of `models` are READY; raise for the first, in load order, that is not.
 
-        The metrics' port is opened last, and Triton dies where that fails.
+        Triton opens its ports when it has tried to load them all, the metrics' one last.
         """
         deadline = time.monotonic() + START_TIMEOUT_S
-        while self._control.server_id() != self._regions.prefix or not listens(self.metrics):
+        port = int(self.metrics.rpartition(":")[2])
+        while not listens(self.pid, port):
             if self.poll() is not None:
-                port = port_in_log(self._log_text())
-                raise self.died() if port is None else _PortTaken(port)
+                taken = port_in_log(self._log_text())
+                raise self.died() if taken is None else _PortTaken(taken)
             if time.monotonic() > deadline:
                 raise self._failure("no_answer", f"no answer in {START_TIMEOUT_S:.0f} s")
             time.sleep(0.05)
@@ -297,9 +297,10 @@ class Server:
         return self.log.read_text(errors="replace")
 
 
-def serve_forever(server: Server) -> None:
+def serve_forever(server: Server, ready: Callable[[], None] | None = None) -> None:
     """Wait until SIGINT or SIGTERM stops the server; SIGHUP reloads the current build.
 
+    `ready` is called once the signals are handled: whoever reads "ready" may send one at once.
     Raises SampError when Triton ends by itself. For the main thread.
     """
     asked = threading.Event()
@@ -314,6 +315,8 @@ def serve_forever(server: Server) -> None:
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: reload}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
+        if ready is not None:
+            ready()
         while not asked.wait(0.2):
             if server.poll() is not None:
                 raise server.died()
