@@ -303,25 +303,28 @@ def serve_forever(server: Server, ready: Callable[[], None] | None = None) -> No
     `ready` is called once the signals are handled: whoever reads "ready" may send one at once.
     Raises SampError when Triton ends by itself. For the main thread.
     """
-    asked = threading.Event()
-    changed = threading.Event()
+    # Plain names: a handler that set an Event would wait for ever on the lock that wait() holds.
+    asked = changed = False
 
     def stop(_number: int, _frame: FrameType | None) -> None:
-        asked.set()
+        nonlocal asked
+        asked = True
 
     def reload(_number: int, _frame: FrameType | None) -> None:
-        changed.set()
+        nonlocal changed
+        changed = True
 
     handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: reload}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         if ready is not None:
             ready()
-        while not asked.wait(0.2):
+        while not asked:
+            time.sleep(0.1)
             if server.poll() is not None:
                 raise server.died()
-            if changed.is_set():
-                changed.clear()
+            if changed:
+                changed = False
                 try:
                     server.reload()
                 except SampError as error:  # what was served before still is
