@@ -10,28 +10,27 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from google.protobuf import text_format
+
 from samp_core import manifest, serving
-from tritonclient.grpc import model_config_pb2
+from samp_core.model_config import from_pbtxt
 
 
-def parameters(folder: Path) -> dict[str, str]:
+def parameters(folder: Path) -> Mapping[str, str]:
     """The parameters in a model's config.pbtxt."""
-    config = model_config_pb2.ModelConfig()
-    text_format.Parse((folder.parent / "config.pbtxt").read_text(encoding="utf-8"), config)
-    return {name: value.string_value for name, value in config.parameters.items()}
+    path = folder.parent / "config.pbtxt"
+    return from_pbtxt(path.read_text(encoding="utf-8"), str(path)).parameters
 
 
 def answers(out: Path, text: str) -> dict[str, dict[str, object]]:
     """tier -> the head's outputs for `text`."""
     build = manifest.read_manifest(out)
     models = manifest.models_folder(out)
-    tokens = serving.Tokenizer.load(models / f"tokenizer_{build.model}" / "1").run(
-        [(np.array([[text.encode()]], dtype=object),)]
-    )[0]
+    tokenizer = serving.Tokenizer.load(models / f"tokenizer_{build.model}" / "1")
+    tokens = good(tokenizer.run([(np.array([[text.encode()]], dtype=object),)])[0])
     folder = models / f"head_{build.model}" / "1"
     head = serving.TaskHead.load(folder, parameters(folder))
     found: dict[str, dict[str, object]] = {}
@@ -39,11 +38,17 @@ def answers(out: Path, text: str) -> dict[str, dict[str, object]]:
         folder = models / tier.encoder / "1"
         encoder = serving.Encoder.load(folder, parameters(folder))
         inputs = tuple(tokens[key] for key in ("IDS", "TYPES", "LENGTHS"))
-        features = encoder.run([inputs])[0]
+        features = good(encoder.run([inputs])[0])
         encoder.close()
-        outputs = head.run([(features["FEATURE"],)])[0]
+        outputs = good(head.run([(features["FEATURE"],)])[0])
         found[name] = {key: plain(value) for key, value in outputs.items()}
     return found
+
+
+def good(result: serving.Outputs | serving.RequestError) -> serving.Outputs:
+    if isinstance(result, serving.RequestError):
+        raise result
+    return result
 
 
 def plain(rows: np.ndarray) -> object:

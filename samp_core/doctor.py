@@ -45,7 +45,8 @@ w = rng.integers(-127, 128, (32, 64)).astype(np.int8)
 x = rng.integers(-127, 128, (5, 64)).astype(np.float32)
 packed = backend.pack(Weight(w, np.ones(32, dtype=np.float32)), "int8")
 quantized = backend.quantize(backend.array(x), Out("int8", 1.0))
-y = backend.to_host(backend.gemm(quantized, packed, None, out=Out("fp32")))
+zeros = backend.array(np.zeros(32))
+y = backend.to_host(backend.gemm(quantized, packed, zeros, out=Out("fp32")))
 if not np.array_equal(y, x @ w.T.astype(np.float32)):
     raise SystemExit("int8 GEMM gives wrong sums")
 """

@@ -1,0 +1,144 @@
+"""What a benchmark's result says of the machine, and whether the machine is quiet enough."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "grpcio", "tritonclient")
+# Above this share of the CPU in other hands the figures mean nothing.
+BUSY = 0.15
+
+
+def busy_share(seconds: float = 3.0) -> float:
+    """Share of all cores that is in use now, by anybody."""
+    return float(psutil.cpu_percent(interval=seconds)) / 100
+
+
+def require_quiet(force: bool) -> float:
+    """The busy share; ends the program when it is too high, unless forced."""
+    share = busy_share()
+    if share > BUSY and not force:
+        raise SystemExit(
+            f"bench: the machine is {share:.0%} busy; allowed: {BUSY:.0%}; wait until it is quiet, "
+            "or --force (the result then says so)"
+        )
+    return share
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model name."""
+    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M)
+    return match[1].strip() if match else platform.machine()
+
+
+def commit() -> str:
+    """The commit that is measured, marked where files differ from it."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
+
+
+def versions(**more: str) -> dict[str, str]:
+    """Python's version, those of the packages that matter, and `more`."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        **more,
+    }
+
+
+def limits(threads: int) -> dict[str, float]:
+    """What the machine can do: int8 GOP/s of a large oneDNN GEMM, GB/s of reading memory."""
+    import torch
+    from samp_kernels.interface import Out, Weight
+    from samp_kernels.onednn import OneDnnBackend
+
+    backend = OneDnnBackend(threads)
+    memory = torch.zeros(1 << 28)
+    found = {"gbps": memory.nbytes / _best(lambda: memory.sum()) / 1e9}
+    if ("gemm", "int8", "static") in backend.capabilities():
+        rows, inner, outputs = 1024, 2048, 2048
+        rng = np.random.default_rng(0)
+        weight = rng.integers(-127, 128, (outputs, inner)).astype(np.int8)
+        packed = backend.pack(Weight(weight, np.ones(outputs, dtype=np.float32)), "int8")
+        x = backend.array(rng.standard_normal((rows, inner)).astype(np.float32))
+        quantized = backend.quantize(x, Out("int8", 0.03))
+        bias, out = backend.array(np.zeros(outputs)), Out("int8", 3.0)
+        seconds = _best(lambda: backend.gemm(quantized, packed, bias, out=out))
+        found["int8_gops"] = 2 * rows * inner * outputs / seconds / 1e9
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """median, p10, p90, p95, p99 and n, the numbers in milliseconds as given."""
+    p10, p50, p90, p95, p99 = np.percentile(values, [10, 50, 90, 95, 99])
+    shown = {"median": p50, "p10": p10, "p90": p90, "p95": p95, "p99": p99}
+    return {**{name: round(float(value), 3) for name, value in shown.items()}, "n": len(values)}
+
+
+def write_result(
+    suite: str,
+    *,
+    threads: int,
+    rows: Sequence[Mapping[str, Any]],
+    not_run: Sequence[str],
+    found_limits: Mapping[str, float],
+    found_versions: Mapping[str, str],
+    folder: Path = RESULTS,
+    **more: Any,
+) -> Path:
+    """<date>-<suite>-<cpu>.json in the schema of all our benchmarks; its path."""
+    device = cpu_name()
+    body = {
+        "schema": 1,
+        "suite": suite,
+        "commit": commit(),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "threads": threads,
+        "versions": dict(found_versions),
+        "limits": dict(found_limits),
+        **more,
+        "rows": list(rows),
+        "not_run": list(not_run),
+    }
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    path = folder / f"{body['date'][:10]}-{suite}-{slug}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _best(run: Callable[[], object], seconds: float = 0.6) -> float:
+    """Seconds of the fastest of many calls."""
+    run()
+    best = float("inf")
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        begun = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begun)
+    return best
