@@ -182,7 +182,16 @@ class Client:
         self, info: TierInfo, rows: Sequence[bytes], group: range, clock: _Clock
     ) -> list[Prediction]:
         labels = self._read_labels(clock)
-        tensors = self._transport.infer(info.ensemble, rows[group.start : group.stop], clock.left())
+        chosen = rows[group.start : group.stop]
+        try:
+            tensors = self._transport.infer(info.ensemble, chosen, clock.left())
+        except errors.UnknownModel:
+            # Unloaded since it was described: say which tiers are left.
+            self._infos.pop(info.tier, None)
+            self._discover(clock)
+            if info.tier not in self._tiers:
+                raise errors.UnknownTier(info.tier, str(self._model), self._tiers) from None
+            raise
         return _predictions(tensors, group, labels, f"{info.ensemble} on {self._address}")
 
     def _rows(self, info: TierInfo, rows: int | None) -> int:

@@ -72,16 +72,13 @@ def test_a_run_counts_what_the_server_counted(served: Served) -> None:
 
 
 def test_a_mix_over_http_with_several_texts_a_request(served: Served) -> None:
-    with connect(served.grpc) as client:
-        found = run_loadtest(
-            served.http, {"fast": 3, "exact": 1}, protocol="http", users=2, seconds=3, rows=3
-        )
-        info = client.describe("fast")
+    found = run_loadtest(
+        served.http, {"fast": 3, "exact": 1}, protocol="http", users=2, seconds=3, rows=3
+    )
     assert list(found) == ["fast", "exact"]
     assert found["fast"]["requests"] > found["exact"]["requests"] > 0
     assert all(one["failures"] == 0 for one in found.values())
     assert all(one["server_compute_ms"] > 0 for one in found.values())
-    assert info.max_rows == 64
 
 
 def test_what_cannot_be_tested_is_said_at_once(served: Served, tmp_path: Path) -> None:
@@ -92,7 +89,7 @@ def test_what_cannot_be_tested_is_said_at_once(served: Served, tmp_path: Path) -
         run_loadtest(served.grpc, "fast=1,slow=1")
     with pytest.raises(BatchTooLarge, match="takes 64"):
         run_loadtest(served.grpc, "fast", rows=65)
-    with pytest.raises(BadRequest, match="no such file|No such file"):
+    with pytest.raises(BadRequest, match="No such file"):
         run_loadtest(served.grpc, "fast", texts=tmp_path / "none.jsonl")
     with pytest.raises(BadRequest, match="empty list"):
         run_loadtest(served.grpc, "fast", texts=[])
@@ -125,7 +122,7 @@ def locust(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_plain_locust_finds_the_protocol_of_its_host(served: Served, protocol: str) -> None:
-    """The options may come from the environment; a user is left out if its protocol is not there."""
+    """Options may come from the environment; users of the other protocol are left out."""
     host = served.grpc if protocol == "grpc" else served.http
     process = locust(
         *("--headless", "--only-summary", "-u", "2", "-r", "2", "-t", "2s", "--host", host),
