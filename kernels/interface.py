@@ -7,9 +7,10 @@ stored portable (int8 `[out, in]`, fp32 scale `[out]`); a backend packs them in 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ GEMM_SITES = ("qkv", "out", "ffn_in", "ffn_out")
 """The sites that hold weights; `scores` and `context` multiply activations."""
 
 Activation = Literal["gelu", "gelu_tanh", "tanh", "relu"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 OutputKind = Literal["first", "mean", "tokens"]
 
 
@@ -231,6 +233,44 @@ class Session(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def check_gemm(x: Any, weight: tuple[int, int], bias: Any, act: str | None, residual: Any) -> None:
+    """The operands of one gemm against its weight `[out, in]`. Raises KernelError."""
+    outputs, inputs = weight
+    if len(x.shape) != 2 or x.shape[1] != inputs:
+        raise KernelError("gemm", f"x {list(x.shape)}", f"x [tokens, {inputs}]")
+    if tuple(bias.shape) != (outputs,):
+        raise KernelError("gemm", f"bias {list(bias.shape)}", f"bias [{outputs}]")
+    if residual is not None and tuple(residual.shape) != (x.shape[0], outputs):
+        allowed = f"residual [{x.shape[0]}, {outputs}]"
+        raise KernelError("gemm", f"residual {list(residual.shape)}", allowed)
+    if act is not None and act not in ACTIVATIONS:
+        raise KernelError("gemm", f"activation {act!r}", ", ".join(ACTIVATIONS))
+
+
+def check_attention(qkv: Any, cu_seqlens: I32, heads: int) -> None:
+    """Packed rows against their bounds and heads. Raises KernelError."""
+    tokens, width = qkv.shape
+    if heads < 1 or width % (3 * heads):
+        raise KernelError("attention", f"qkv [{tokens}, {width}], {heads} heads", "[T, 3 heads d]")
+    bounds = cu_seqlens.tolist()
+    rises = all(begin < end for begin, end in itertools.pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != tokens or not rises:
+        raise KernelError("attention", f"cu_seqlens {bounds}", f"rising from 0 to {tokens}")
+
+
+def check_embedding(ids: I32, types: I32, positions: I32, tables: EmbeddingTables) -> None:
+    """Every index against its table. Raises KernelError."""
+    for name, index, table in (
+        ("ids", ids, tables.word),
+        ("positions", positions, tables.position),
+        ("types", types, tables.type),
+    ):
+        low, high = int(index.min(initial=0)), int(index.max(initial=0))
+        if low < 0 or high >= table.shape[0]:
+            got = f"{name} from {low} to {high}"
+            raise KernelError("embed_layernorm", got, f"0 to {table.shape[0] - 1}")
 
 
 def pack_batch(ids: Sequence[Array], types: Sequence[Array], *, position_offset: int = 0) -> Batch:

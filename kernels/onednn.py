@@ -27,6 +27,9 @@ from samp_kernels.interface import (
     QTensor,
     UnsupportedPrecision,
     Weight,
+    check_attention,
+    check_embedding,
+    check_gemm,
 )
 
 # torch announces that its quantized dtypes will go; the range of torch in pyproject.toml has them,
@@ -50,7 +53,7 @@ class PackedInt8:
     data: torch.Tensor
     scale: torch.Tensor
     zero_points: torch.Tensor
-    inputs: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class PackedFloat:
     """oneDNN's blocked fp32 weight."""
 
     data: torch.Tensor
-    inputs: int
+    shape: tuple[int, int]
 
 
 class OneDnnBackend:
@@ -85,10 +88,10 @@ class OneDnnBackend:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
     def pack(self, weight: Weight, precision: str) -> PackedInt8 | PackedFloat:
-        inputs = weight.data.shape[1]
+        shape = weight.data.shape
         if precision == "fp32" and weight.scale is None:
             dense = torch.from_numpy(np.ascontiguousarray(weight.data, dtype=np.float32))
-            return PackedFloat(dense.to_mkldnn(), inputs)
+            return PackedFloat(dense.to_mkldnn(), shape)
         if precision == "int8" and weight.scale is not None:
             if ("gemm", "int8", "static") not in self.capabilities():
                 raise UnsupportedPrecision("pack", "int8 on a CPU without VNNI", "fp32")
@@ -96,7 +99,7 @@ class OneDnnBackend:
             packed = torch.ops.onednn.qlinear_prepack(integers, None)
             scale = torch.from_numpy(np.array(weight.scale, dtype=np.float32))
             zeros = torch.zeros(len(scale), dtype=torch.int64)
-            return PackedInt8(packed, scale, zeros, inputs)
+            return PackedInt8(packed, scale, zeros, shape)
         raise UnsupportedPrecision(
             "pack",
             f"{precision} from {weight.data.dtype}",
@@ -112,9 +115,13 @@ class OneDnnBackend:
         ln: LayerNorm,
         out: Out,
     ) -> tuple[torch.Tensor, Any]:
-        x = F.embedding(torch.from_numpy(ids), tables.word)
-        x += F.embedding(torch.from_numpy(positions), tables.position)
-        x += F.embedding(torch.from_numpy(types), tables.type)
+        try:
+            x = F.embedding(torch.from_numpy(ids), tables.word)
+            x += F.embedding(torch.from_numpy(positions), tables.position)
+            x += F.embedding(torch.from_numpy(types), tables.type)
+        except IndexError:
+            check_embedding(ids, types, positions, tables)
+            raise
         return self.add_layernorm(x, ln, out=out)
 
     def gemm(
@@ -127,11 +134,14 @@ class OneDnnBackend:
         residual: Any = None,
         out: Out,
     ) -> Any:
-        if x.shape[1] != packed.inputs:
-            raise KernelError("gemm", f"x {tuple(x.shape)}", f"x [T, {packed.inputs}]")
+        check_gemm(x, packed.shape, bias, act, residual)
         if isinstance(x, QTensor) and isinstance(packed, PackedInt8):
+            if x.data.dtype != torch.uint8:
+                raise KernelError("gemm", f"{x.data.dtype} activations", "uint8, zero point 128")
             return self._int8(x, packed, bias, act, residual, out)
         if isinstance(x, torch.Tensor) and isinstance(packed, PackedFloat):
+            if x.dtype != torch.float32:
+                raise KernelError("gemm", f"{x.dtype} activations", "float32")
             return self._float(x, packed, bias, act, residual, out)
         kinds = f"{type(x).__name__} with {type(packed).__name__}"
         raise KernelError("gemm", kinds, "QTensor with int8 weights, float with fp32 weights")
@@ -148,15 +158,15 @@ class OneDnnBackend:
             return torch.ops.onednn.qlinear_pointwise.binary(
                 *head, residual, bias, 1.0, 0, torch.float32, 1.0, 0, "add", 1.0, "none", [], ""
             )
-        if out.dtype == "int8":
-            scale = _static_scale(out)
-            y = torch.ops.onednn.qlinear_pointwise(
-                *head, bias, scale, ZERO_POINT, torch.uint8, post, [], algorithm
+        if out.dtype == "fp32":
+            return torch.ops.onednn.qlinear_pointwise(
+                *head, bias, 1.0, 0, torch.float32, post, [], algorithm
             )
-            return QTensor(y.clamp_(min=1), scale, tuple(y.shape))
-        return torch.ops.onednn.qlinear_pointwise(
-            *head, bias, 1.0, 0, torch.float32, post, [], algorithm
+        scale = _static_scale(out)
+        y = torch.ops.onednn.qlinear_pointwise(
+            *head, bias, scale, ZERO_POINT, torch.uint8, post, [], algorithm
         )
+        return QTensor(y.clamp_(min=1), scale, tuple(y.shape))
 
     def _float(
         self, x: torch.Tensor, packed: PackedFloat, bias: Any, act: Any, residual: Any, out: Out
@@ -186,6 +196,7 @@ class OneDnnBackend:
         """Neighbours of equal length share one call, so a caller sorts sequences by length."""
         if precisions != ("fp32", "fp32"):
             raise UnsupportedPrecision("attention", " and ".join(precisions), "fp32 and fp32")
+        check_attention(qkv, cu_seqlens, heads)
         self.ran = precisions
         width = qkv.shape[1]
         hidden = width // 3
@@ -258,6 +269,6 @@ _VNNI: bool | None = None
 
 
 def _static_scale(out: Out) -> float:
-    if out.dtype != "int8" or not isinstance(out.scale, float) or out.scale <= 0.0:
+    if out.dtype != "int8" or not isinstance(out.scale, float) or not out.scale > 0.0:
         raise UnsupportedPrecision("quantize", f"{out}", "fp32, or int8 with a static scale > 0")
     return out.scale

@@ -21,6 +21,9 @@ from samp_kernels.interface import (
     QTensor,
     UnsupportedPrecision,
     Weight,
+    check_attention,
+    check_embedding,
+    check_gemm,
 )
 from scipy.special import erf
 
@@ -61,6 +64,7 @@ class ReferenceBackend:
         ln: LayerNorm,
         out: Out,
     ) -> tuple[Array, Any]:
+        check_embedding(ids, types, positions, tables)
         x = tables.word[ids] + tables.position[positions] + tables.type[types]
         return self.add_layernorm(x, ln, out=out)
 
@@ -74,7 +78,8 @@ class ReferenceBackend:
         residual: Any = None,
         out: Out,
     ) -> Any:
-        _check_gemm(x, packed)
+        check_gemm(x, packed.data.shape, bias, act, residual)
+        _check_kinds(x, packed)
         if isinstance(x, QTensor):
             assert packed.scale is not None
             sums = x.data.astype(np.int64) @ packed.data.T
@@ -104,6 +109,7 @@ class ReferenceBackend:
     ) -> Any:
         for precision in precisions:
             _require("attention", precision)
+        check_attention(qkv, cu_seqlens, heads)
         tokens, width = qkv.shape
         hidden = width // 3
         dim = hidden // heads
@@ -138,6 +144,8 @@ class ReferenceBackend:
         if out.scale == "token":
             scale = np.maximum(np.abs(x).max(axis=-1), 1e-30) / 127.0
             return QTensor(_round_clip(x / scale[:, None]), scale, x.shape)
+        if not out.scale > 0.0:
+            raise UnsupportedPrecision("quantize", f"{out}", "a scale > 0")
         return QTensor(_round_clip(x / float(out.scale)), float(out.scale), x.shape)
 
     def pool(self, x: Any, cu_seqlens: Array, how: Literal["first", "mean"]) -> Array:
@@ -189,10 +197,10 @@ def _require(op: str, precision: str) -> None:
         raise UnsupportedPrecision(op, precision, ", ".join(_PRECISIONS))
 
 
-def _check_gemm(x: Any, packed: Weight) -> None:
+def _check_kinds(x: Any, packed: Weight) -> None:
     quantized = isinstance(x, QTensor)
     if quantized != (packed.scale is not None):
         got = "int8 activations" if quantized else "float activations"
         raise KernelError("gemm", f"{got} for {packed.data.dtype} weights", "the same kind of both")
-    if x.shape[1] != packed.data.shape[1]:
-        raise KernelError("gemm", f"x {x.shape}, W {packed.data.shape}", "x [T, in], W [out, in]")
+    if quantized and x.data.dtype != np.int8:
+        raise KernelError("gemm", f"{x.data.dtype} activations", "int8")
