@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from samp_client.api import Client
 from samp_client.errors import BadRequest, ClientError
 from samp_client.records import ABRecord
+
+if TYPE_CHECKING:
+    from samp_client.api import Client
 
 WARMUP = 8
 

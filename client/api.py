@@ -8,9 +8,9 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from samp_client import batches, discovery, errors
+from samp_client import ab, batches, discovery, errors
 from samp_client.discovery import TierInfo
-from samp_client.records import Outcome, Prediction
+from samp_client.records import ABRecord, Outcome, Prediction
 from samp_client.server_times import Counters, TierTimes, read_counters, tier_times
 from samp_client.transport import ProtocolName, Transport, parse_address
 
@@ -145,6 +145,29 @@ class Client:
         info = self._info(tier, self._clock(timeout_s))
         for group in batches.split([_rough(text) for text in texts], self._rows(info, rows)):
             yield from self._group_outcomes(info, texts, group, timeout_s)
+
+    def compare(
+        self,
+        texts: Sequence[str | bytes],
+        control: str,
+        candidate: str,
+        *,
+        seed: int = 0,
+        warmup: int = ab.WARMUP,
+        timeout_s: float | None = None,
+        progress: ab.Progress | None = None,
+    ) -> list[ABRecord]:
+        """Two records per text, one of each tier; see `samp_client.ab.collect`."""
+        return ab.collect(
+            self,
+            texts,
+            control,
+            candidate,
+            seed=seed,
+            warmup=warmup,
+            timeout_s=timeout_s,
+            progress=progress,
+        )
 
     def statistics(self, timeout_s: float | None = None) -> dict[str, Counters]:
         """Triton's counters of every loaded model; two readings make `server_times`."""

@@ -17,12 +17,17 @@ _NEEDED_OUTPUTS = ("LABEL", "SCORE", "SCORES", "TRUNCATED")
 
 @dataclass(frozen=True)
 class TierInfo:
-    """One tier as the server describes it. steps: the ensemble's models, in its order."""
+    """One tier as the server describes it.
+
+    steps: the ensemble's models, in its order; promise: the largest drop of accuracy that the tier
+    was built for, in points, or None.
+    """
 
     tier: str
     ensemble: str
     max_rows: int
     steps: tuple[str, ...]
+    promise: float | None = None
 
 
 def tiers_by_model(index: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -79,11 +84,13 @@ def read_tier(tier: str, config: Mapping[str, Any]) -> TierInfo:
             "call this task's ensemble with tritonclient",
         )
     steps = config.get("ensemble_scheduling", {}).get("step", [])
+    promise = config.get("parameters", {}).get("promise_points", {}).get("string_value")
     return TierInfo(
         tier,
         config["name"],
         max(1, int(config.get("max_batch_size", 0))),
         tuple(step["model_name"] for step in steps),
+        None if promise is None else float(promise),
     )
 
 

@@ -1,15 +1,17 @@
-"""What the records of an A/B comparison say of a tier's promise: the object of `samp ab`.
+"""Two tiers on the same texts, and what the answers say of a promise: the object of `samp ab`.
 
-The records come from `samp_client.ab.collect`; the statistics are those of evaluate.py.
+The client collects the records; the statistics are those of evaluate.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from samp_core import evaluate
+from samp_core.data import Rows, read_rows
 from samp_core.errors import SampError
 
 ALPHA = 0.05
@@ -34,6 +36,33 @@ class Record(Protocol):
     def error(self) -> str | None: ...
 
 
+class Tier(Protocol):
+    """promise: the largest drop in points that the tier was built for, or None."""
+
+    @property
+    def promise(self) -> float | None: ...
+
+
+class Client(Protocol):
+    """What a comparison needs of a `samp_client.Client`."""
+
+    def labels(self) -> tuple[str, ...]: ...
+    def describe(self, tier: str) -> Tier: ...
+    def compare(
+        self,
+        texts: Sequence[str | bytes],
+        control: str,
+        candidate: str,
+        *,
+        seed: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Sequence[Record]: ...
+
+
+# Told a stage's title and steps; what it returns is called after each step.
+Progress = Callable[[str, int], Callable[[], None]]
+
+
 @dataclass(frozen=True)
 class _Pair:
     """Both arms' answers to one text."""
@@ -52,13 +81,60 @@ class _Pair:
         return self.control.error is not None and self.candidate.error is not None
 
 
+def compare(
+    client: Client,
+    data: str | Path,
+    control: str,
+    candidate: str,
+    *,
+    promise_points: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Send the texts of a file to two tiers and report; see `report`.
+
+    data: jsonl, csv or tsv with `text`, and `label` where known; promise_points: the drop to
+    judge by, in points, else the one that the candidate was built for; limit: only the first rows.
+    SampError for what the file lacks, the client's own errors for tiers and server.
+    """
+    if limit is not None and limit < 1:
+        raise SampError("ab_limit", f"limit {limit}", "1 or more", "raise it or leave it out")
+    rows, labelled = _read(Path(data))
+    texts = rows.texts[:limit]
+    gold = rows.labels[:limit] if labelled else None
+    classes = client.labels()
+    _check_gold(gold, texts, classes)
+    points = client.describe(candidate).promise if promise_points is None else promise_points
+    promise = None if points is None else points / 100
+    _check_promise(promise)
+    step = progress(f"{control} and {candidate}", len(texts)) if progress else None
+    records = client.compare(
+        texts,
+        control,
+        candidate,
+        seed=seed,
+        progress=None if step is None else lambda done, of: step(),
+    )
+    return report(
+        records,
+        texts,
+        control=control,
+        candidate=candidate,
+        promise=promise,
+        gold=gold,
+        classes=classes,
+        seed=seed,
+    )
+
+
 def report(
     records: Iterable[Record],
     texts: Sequence[str],
     *,
     control: str,
     candidate: str,
-    promise: float,
+    promise: float | None,
     gold: Sequence[str] | None = None,
     classes: Sequence[str] = (),
     seed: int = 0,
@@ -66,14 +142,15 @@ def report(
     """The `ab` object: agreement, accuracy, paired difference, latency, verdict, differing texts.
 
     promise: the largest drop of accuracy that the candidate may show, a fraction (0.01 is one
-    point); gold: the right labels of `texts`, if known; classes: the labels that the model can
-    answer, to catch a file that writes them otherwise (SampError). n counts the texts that both
-    arms answered; differences are fractions, control minus candidate; latencies milliseconds of
-    one-text requests. Beyond the pinned keys: `failed` requests by arm, and the verdict's `reason`.
-    A text that one arm alone failed counts against a verdict, whichever way it goes.
+    point), or None to judge by none; gold: the right labels of `texts`, if known; classes: the
+    labels that the model can answer, to catch a file that writes them otherwise (SampError).
+
+    n counts the texts that both arms answered; differences are fractions, control minus candidate;
+    latencies milliseconds of one-text requests. Beyond the pinned keys: `failed` requests by arm,
+    and the verdict's `reason`. A text that one arm alone failed counts against a verdict,
+    whichever way it goes.
     """
-    if not 0 <= promise <= 1:
-        raise SampError("ab_promise", f"promise {promise}", "0 to 1", "give a fraction")
+    _check_promise(promise)
     _check_gold(gold, texts, classes)
     pairs = _pair(list(records), control, candidate)
     answered = [pair for pair in pairs if pair.answered]
@@ -103,7 +180,7 @@ def report(
 
 
 def _compare(
-    answered: Sequence[_Pair], gold: Sequence[str] | None, one_sided: int, promise: float
+    answered: Sequence[_Pair], gold: Sequence[str] | None, one_sided: int, promise: float | None
 ) -> dict[str, Any]:
     """accuracy, mcnemar, difference, verdict, reason; null where no gold label or answer is."""
     if gold is None or not answered:
@@ -129,7 +206,7 @@ def _compare(
     }
 
 
-def _judge(b: int, c: int, n: int, one_sided: int, promise: float) -> tuple[str, str]:
+def _judge(b: int, c: int, n: int, one_sided: int, promise: float | None) -> tuple[str, str]:
     """The verdict, and in words why.
 
     The texts that only one arm answered could have gone either way: the upper bound takes them
@@ -137,6 +214,9 @@ def _judge(b: int, c: int, n: int, one_sided: int, promise: float) -> tuple[str,
     """
     upper = evaluate.drop_upper_bound(b + one_sided, c, n + one_sided, ALPHA)
     lower = evaluate.drop_lower_bound(b, c + one_sided, n + one_sided, ALPHA)
+    if promise is None:
+        span = f"the drop may be {_points(lower)} to {_points(upper)}"
+        return "undecided", f"{span}; no promise to judge it by"
     promised = f"the promise is at most {_points(promise)}"
     if one_sided:
         promised += f"; {one_sided} texts failed in one arm and count against the verdict"
@@ -201,6 +281,29 @@ def _check_gold(gold: Sequence[str] | None, texts: Sequence[str], classes: Seque
             ", ".join(classes),
             "write the labels as the model does, or leave the column out",
         )
+
+
+def _check_promise(promise: float | None) -> None:
+    if promise is not None and not 0 <= promise <= 1:
+        raise SampError(
+            "ab_promise",
+            f"a largest drop of {100 * promise:g} points",
+            "0 to 100 points",
+            "correct the promise",
+        )
+
+
+def _read(path: Path) -> tuple[Rows, bool]:
+    """The rows, and whether they are labelled; a jsonl where only some rows are is an error."""
+    try:
+        return read_rows(path), True
+    except SampError as error:
+        # A table has a column or has not; in jsonl `"label"` can only be a key or a whole value.
+        if error.code != "data_columns" or (
+            path.suffix.lower() == ".jsonl" and b'"label"' in path.read_bytes()
+        ):
+            raise
+    return read_rows(path, labelled=False), False
 
 
 def _points(fraction: float) -> str:

@@ -65,6 +65,13 @@ def test_a_tier_is_read_from_its_ensemble():
     assert info.steps == ("tokenizer_reviews", "encoder_reviews_fast")
 
 
+def test_a_tiers_promise_is_read_where_it_has_one():
+    config = ensemble(["LABEL", "SCORE", "SCORES", "TRUNCATED"])
+    assert read_tier("fast", config).promise is None
+    config["parameters"] = {"promise_points": {"string_value": "0.5"}}
+    assert read_tier("fast", config).promise == 0.5
+
+
 @pytest.mark.parametrize(
     "config",
     [

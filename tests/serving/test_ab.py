@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from conftest import Served
 from samp_client import BadRequest, Client, Unavailable, UnknownTier, connect
 from samp_client.ab import collect
 
-from samp_core.ab import report
+from samp_core.ab import compare, report
+from samp_core.errors import SampError
 
 ARMS = ("exact", "fast")
 
@@ -99,3 +101,50 @@ def test_what_cannot_be_compared_is_said_before_anything_is_sent(
         collect(client, served.texts[:3], "exact", "slow")
     with connect("127.0.0.1:1") as nobody, pytest.raises(Unavailable):
         collect(nobody, served.texts[:3], *ARMS)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_a_file_is_compared_from_end_to_end(served: Served, client: Client, tmp_path: Path) -> None:
+    rows = [
+        {"text": text, "label": label}
+        for text, label in zip(served.texts[:40], served.gold[:40], strict=True)
+    ]
+    data = write(tmp_path / "rows.jsonl", rows)
+    stages: list[tuple[str, int]] = []
+    steps: list[None] = []
+
+    def progress(title: str, count: int) -> Callable[[], None]:
+        stages.append((title, count))
+        return lambda: steps.append(None)
+
+    found = compare(client, data, *ARMS, promise_points=50, limit=30, progress=progress)
+    assert stages == [("exact and fast", 30)]
+    assert len(steps) == 30
+    assert found["n"] == 30
+    assert found["accuracy"] is not None
+    assert found["verdict"] == "holds"
+    texts_only = write(tmp_path / "texts.jsonl", [{"text": row["text"]} for row in rows[:5]])
+    unlabelled = compare(client, texts_only, *ARMS)
+    assert (unlabelled["n"], unlabelled["accuracy"]) == (5, None)
+
+
+def test_files_that_cannot_be_compared(client: Client, tmp_path: Path) -> None:
+    foreign = write(
+        tmp_path / "a.jsonl", [{"text": "x", "label": "0"}, {"text": "y", "label": "1"}]
+    )
+    with pytest.raises(SampError, match="cannot answer: 0, 1; allowed: "):
+        compare(client, foreign, *ARMS)
+    half = write(tmp_path / "b.jsonl", [{"text": "x", "label": client.labels()[0]}, {"text": "y"}])
+    with pytest.raises(SampError, match="no column label"):
+        compare(client, half, *ARMS)
+    with pytest.raises(SampError, match="1 or more"):
+        compare(client, half, *ARMS, limit=0)
+    whole = write(
+        tmp_path / "c.jsonl", [{"text": label, "label": label} for label in client.labels()]
+    )
+    with pytest.raises(SampError, match="0 to 100 points"):
+        compare(client, whole, *ARMS, promise_points=101)

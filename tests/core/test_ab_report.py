@@ -135,6 +135,13 @@ def test_without_labels_only_agreement():
     assert found["differing"][0]["label"] is None
 
 
+def test_without_a_promise_the_span_alone():
+    found = judge("aab", "aaa", "aaa", promise=None)
+    assert found["verdict"] == "undecided"
+    assert "no promise" in found["reason"]
+    assert found["difference"]["value"] == pytest.approx(-1 / 3)
+
+
 def test_failed_requests_are_counted_and_left_out_of_the_figures():
     found = judge("a!ab!", "aa!b!", "aaaaa")
     assert found["n"] == 2
@@ -167,7 +174,7 @@ def test_labels_that_the_model_does_not_know_are_an_error():
 
 @pytest.mark.parametrize("promise", [-0.1, 1.5, float("nan")])
 def test_a_promise_is_a_fraction(promise):
-    with pytest.raises(SampError, match="0 to 1"):
+    with pytest.raises(SampError, match="0 to 100 points"):
         judge("aa", "aa", promise=promise)
 
 
