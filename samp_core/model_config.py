@@ -183,9 +183,18 @@ def head_config(
 
 
 def ensemble_config(
-    tokenizer: ModelConfig, encoder: ModelConfig, head: ModelConfig, *, model: str, tier: str
+    tokenizer: ModelConfig,
+    encoder: ModelConfig,
+    head: ModelConfig,
+    *,
+    model: str,
+    tier: str,
+    promise: float | None = None,
 ) -> ModelConfig:
-    """TEXT -> the head's outputs and TRUNCATED, through the three models."""
+    """TEXT -> the head's outputs and TRUNCATED, through the three models.
+
+    promise: the tier's largest drop in points of its metric, for clients that compare tiers.
+    """
 
     def same(tensors: Sequence[TensorConfig]) -> dict[str, str]:
         return {tensor.name: tensor.name for tensor in tensors}
@@ -194,7 +203,11 @@ def ensemble_config(
         name=f"{model}_{tier}",
         inputs=tokenizer.inputs,
         outputs=(*head.outputs, TRUNCATED),
-        parameters={"labels": head.parameters["labels"], "tier": tier},
+        parameters={
+            "labels": head.parameters["labels"],
+            "tier": tier,
+            **({} if promise is None else {"promise_points": f"{promise:g}"}),
+        },
         steps=tuple(
             Step(part.name, same(part.inputs), same(part.outputs))
             for part in (tokenizer, encoder, head)

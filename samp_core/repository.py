@@ -45,10 +45,14 @@ NAME = re.compile(r"[a-z0-9-]+")
 
 @dataclass(frozen=True)
 class TierFiles:
-    """What one tier serves: its plan, and the encoder's weights under that plan."""
+    """What one tier serves: its plan, and the encoder's weights under that plan.
+
+    promise: the tier's largest drop in points, which clients read from the ensemble's config.
+    """
 
     plan: Plan
     weights: Mapping[str, Array]
+    promise: float | None = None
 
 
 @contextlib.contextmanager

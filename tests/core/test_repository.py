@@ -180,9 +180,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tiny import write_tiny
-print("ready", flush=True)
 for seed in range({first}, {first} + 200):
     write_tiny(Path({out!r}), seed=seed, tiers=("exact", "fast"))
+    print("built", flush=True)
 """
 
 
@@ -196,14 +196,14 @@ def test_kill_9_at_any_moment_leaves_a_whole_repository(tmp_path: Path) -> None:
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert process.stdout is not None
         with process.stdout as stream:
-            assert stream.readline() == b"ready\n"
+            assert stream.readline() == b"built\n"
             time.sleep(rng.uniform(0.0, 0.15))
             process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
         manifest = read_manifest(tmp_path)
         verify(manifest)
         seen.add(manifest.folder.name)
-    assert len(seen) > 5, "the builders were killed before they had built anything"
+    assert len(seen) == 20  # each had built something, so that the kills came between and within
     folder = write_tiny(tmp_path, seed=1_000_000)
     assert read_manifest(tmp_path).folder == folder
     left = [p for p in tmp_path.rglob("*") if p.name.endswith(".partial")]

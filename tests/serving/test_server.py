@@ -112,6 +112,35 @@ def test_only_the_encoder_of_onednn_holds_torch(served: Served) -> None:
     assert all(counts == ["1", "1", "1"] for counts in threads.values())
 
 
+def _thread_ticks(pid: int) -> dict[str, int]:
+    """CPU time of every thread of a process, in clock ticks."""
+    ticks = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        fields = (task / "stat").read_text().rpartition(")")[2].split()
+        ticks[task.name] = int(fields[11]) + int(fields[12])
+    return ticks
+
+
+def test_the_encoder_alone_has_threads(served: Served) -> None:
+    """The build says 2: two threads of the encoder work, one of the tokenizer and of the head."""
+    stubs = {}
+    for pid in _group(served.server.pid):
+        command = psutil.Process(pid).cmdline()
+        if "stub" in command[0]:
+            stubs[Path(command[1]).parents[1].name.removesuffix(f"_{served.model}")] = pid
+    before = {name: _thread_ticks(pid) for name, pid in stubs.items()}
+    for start in range(0, 640, 64):
+        classify(served.grpc, f"{served.model}_exact", served.texts[start : start + 64])
+    working = {}
+    for name, pid in stubs.items():
+        after = _thread_ticks(pid)
+        used = [ticks - before[name].get(task, 0) for task, ticks in after.items()]
+        working[name] = sum(ticks >= 5 for ticks in used)
+    assert working[f"encoder_{served.model}_exact"] == 2
+    assert working[f"encoder_{served.model}_fast"] == 0
+    assert max(working["tokenizer"], working["head"]) <= 1
+
+
 def test_stop_leaves_nothing(tiny_out: Path) -> None:
     started = Server.start(tiny_out)
     assert len(_regions(_prefix(started))) == 3
