@@ -54,7 +54,6 @@ class _Test:
         self.texts: tuple[str, ...] = ()
         self.addresses: dict[ProtocolName, str] = {}
         self.samples: dict[str, Samples] = {}
-        self.unsent: dict[str, Samples] = {}
         self.watcher: Client | None = None
         self.before: dict[str, Counters] = {}
         self.times: list[TierTimes] = []
@@ -202,7 +201,7 @@ def on_init(environment: Environment, **_: Any) -> None:
 def on_test_start(environment: Environment, **_: Any) -> None:
     """Check everything that was given before the first user starts."""
     options: Any = environment.parsed_options
-    test.samples, test.unsent, test.times, test.before = {}, {}, [], {}
+    test.samples, test.times, test.before = {}, [], {}
     environment.process_exit_code = None
     try:
         test.mix = parse_mix(options.tiers)
@@ -225,13 +224,13 @@ def on_request(
     **_: Any,
 ) -> None:
     started = time.time() - response_time / 1e3 if start_time is None else start_time
-    for samples in (test.samples, test.unsent):
-        samples.setdefault(name, Samples()).add(started, response_time, exception)
+    test.samples.setdefault(name, Samples()).add(started, response_time, exception)
 
 
 def on_report_to_master(client_id: str, data: dict[str, Any]) -> None:
-    data["samp"] = {name: samples.to_json() for name, samples in test.unsent.items()}
-    test.unsent = {}
+    """A worker hands over what it has; only the master keeps it."""
+    data["samp"] = {name: samples.to_json() for name, samples in test.samples.items()}
+    test.samples = {}
 
 
 def on_worker_report(client_id: str, data: dict[str, Any]) -> None:
