@@ -94,10 +94,11 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         }
         exact = Choice("exact", TierSpec(), FLOAT, (), True)
         choices = {"exact": exact, **choices}
-        served = {name: plans[choice.plan] for name, choice in choices.items()}
-        latencies = bench.latencies(served, search, "measure the tiers again")
+        served = {choice.plan: plans[choice.plan] for choice in choices.values()}
+        latencies = bench.latencies(served, search, "measure the chosen plans again")
         measured = {
-            name: correct.measured(choice.plan, latencies[name]) for name, choice in choices.items()
+            name: correct.measured(choice.plan, latencies[choice.plan])
+            for name, choice in choices.items()
         }
         for choice in choices.values():
             warnings += choice.warnings

@@ -1,0 +1,437 @@
+"""The `samp` command: parses, calls, prints. Heavy modules load inside the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from samp_core.errors import SampError, UsageError
+
+if TYPE_CHECKING:
+    from samp_client import Client
+
+
+app = typer.Typer(
+    help="Fine-tuned BERT checkpoints in, measured mixed-precision tiers out, served by Triton.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+Url = Annotated[str, typer.Option(help="host:port; 8001 is gRPC's, 8000 HTTP's.")]
+Http = Annotated[bool, typer.Option("--http", help="Call over HTTP instead of gRPC.")]
+ModelName = Annotated[str | None, typer.Option("--name", help="Model, where several are served.")]
+Timeout = Annotated[float, typer.Option(help="Seconds for one request.")]
+
+
+@app.command()
+def build(
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="A build.yaml.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint folder.")] = None,
+    task: Annotated[str | None, typer.Option(help="classification")] = None,
+    data: Annotated[Path | None, typer.Option(help="Labelled rows: jsonl, csv or tsv.")] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(help="Rows that trained the model; left out of --data.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name when served.")] = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME:drop=0.5pt,latency=8ms; either, both or neither. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: model_repository/<name>.")] = None,
+    backend: Annotated[str | None, typer.Option(help="onednn or reference.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
+    calibrator: Annotated[str | None, typer.Option(help="auto, minmax or percentile.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a text may have.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure, choose and verify plans; write the model repository."""
+    from samp_core import show
+    from samp_core.build import build as run
+    from samp_core.config import load_config, parse_tier
+
+    tiers = dict(parse_tier(text) for text in tier) if tier else None
+    rows = {"data": data, "exclude": exclude} if data is not None else None
+    if exclude is not None and data is None:
+        raise UsageError("bad_config", "--exclude without --data", "both", "use the YAML's data")
+    settings = load_config(
+        config,
+        {
+            "model": model,
+            "task": task,
+            "data": rows,
+            "name": name,
+            "tiers": tiers,
+            "out": out,
+            "backend": backend,
+            "threads": threads,
+            "calibrator": calibrator,
+            "max_length": max_length,
+        },
+    )
+    with show.progress() as progress:
+        report = run(settings, progress).report
+    _print_json(report) if as_json else show.build_table(report)
+    if not all(row["met"] for row in report["tiers"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    plan: Annotated[list[str], typer.Option(help="TIER=FILE, or a build's plan.json. Repeatable.")],
+    model: Annotated[Path, typer.Option(help="The checkpoint that the plans were made for.")],
+    name: Annotated[str | None, typer.Option(help="The model's name when served.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to calibrate plans that carry no scales.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: model_repository/<name>.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the repository of plans that exist, without a search."""
+    from samp_core import show
+    from samp_core.config import load_config
+    from samp_core.generate import GenerateConfig, read_plans
+    from samp_core.generate import generate as run
+
+    plans = read_plans(plan)
+    settings = load_config(
+        None,
+        {
+            "model": model,
+            "data": data or Path("none"),
+            "name": name,
+            "tiers": {},
+            "out": out,
+            "threads": threads,
+        },
+    )
+    with show.progress() as progress:
+        report = run(GenerateConfig(plans, settings, data is not None), progress)
+    if as_json:
+        _print_json(report)
+    else:
+        rows = [(t["name"], t["plan"]) for t in report["tiers"]]
+        show.table(report["repository"], ("tier", "plan"), rows)
+
+
+@app.command()
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A build's output folder.")],
+    tiers: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0: any free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0: any free one.")] = 8002,
+    threads: Annotated[int | None, typer.Option(help="Encoder threads.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Keep Triton's log here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start Triton on a build and print its addresses; Ctrl-C stops it."""
+    from samp_core import show
+    from samp_core.server import Server, serve_forever
+
+    chosen = tiers.split(",") if tiers else None
+    if not as_json:
+        show.err.print("starting Triton ...")
+    server = Server.start(
+        folder,
+        tiers=chosen,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log=log,
+        threads=threads,
+    )
+
+    def ready() -> None:
+        if as_json:
+            _print_json(server.ready_line())
+            return
+        names = ", ".join(name for name in server.models if "_" in name and "encoder_" not in name)
+        show.out.print(
+            f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
+            f"metrics http://{server.metrics}/metrics  (pid {server.pid}; {names})"
+        )
+
+    serve_forever(server, ready)
+    if not as_json:
+        show.err.print("stopped")
+
+
+@app.command()
+def predict(
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--in", help="jsonl, csv or tsv with a column `text`.")
+    ] = None,
+    tier: Annotated[str | None, typer.Option(help="Default: balanced.")] = None,
+    url: Url = "",
+    http: Http = False,
+    name: ModelName = None,
+    timeout: Timeout = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Ask a running server. One line a text; with --json one object a line."""
+    failed = 0
+    with _connect(url, http, name, timeout) as client:
+        chosen = tier or _default_tier(client)
+        client.describe(chosen)
+        for start, chunk in _chunks(_texts(texts, file), 512):
+            for outcome in client.outcomes(chunk, chosen):
+                index, text = start + outcome.index, chunk[outcome.index]
+                answer, error = outcome.prediction, outcome.error
+                failed += error is not None
+                if as_json:
+                    row: dict[str, Any] = {"index": index, "text": text, "error": None}
+                    if answer is not None:
+                        row.update(truncated=answer.truncated, label=answer.label)
+                        row.update(score=answer.score, scores=list(answer.scores))
+                    else:
+                        row["error"] = str(error)
+                    print(json.dumps(row, ensure_ascii=False), flush=True)
+                elif answer is not None:
+                    mark = " (truncated)" if answer.truncated else ""
+                    shown = " ".join(text.split())[:100]
+                    print(f"{answer.label}\t{answer.score:.4f}\t{shown}{mark}")
+                else:
+                    print(f"error\t\t{error}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def ab(
+    data: Annotated[Path, typer.Option(help="Texts, labelled or not: jsonl, csv or tsv.")],
+    control: Annotated[str, typer.Option(help="The arm to compare with.")] = "exact",
+    candidate: Annotated[str, typer.Option(help="The arm on trial.")] = "fast",
+    promise: Annotated[
+        float | None, typer.Option(help="Largest drop in points; default: the tier's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many texts.")] = None,
+    url: Url = "",
+    http: Http = False,
+    name: ModelName = None,
+    timeout: Timeout = 30.0,
+    seed: Annotated[int, typer.Option(help="Draws which arm goes first.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Send the same texts to two tiers, interleaved; exit 1 if the promise is broken."""
+    from samp_core import show
+
+    with _connect(url, http, name, timeout) as client, show.progress() as progress:
+        step = show.steps(progress, f"A/B: {control} and {candidate}")
+        result = compare(client, data, control, candidate, promise, limit, seed, step)
+    _print_json(result) if as_json else show.ab_table(result)
+    if result["verdict"] == "broken":
+        raise typer.Exit(1)
+
+
+@app.command()
+def loadtest(
+    tier: Annotated[str, typer.Option(help="One tier, or a mix: fast=3,exact=1.")] = "balanced",
+    users: Annotated[int, typer.Option(help="Concurrent callers.")] = 8,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 15.0,
+    rows: Annotated[int, typer.Option(help="Texts in one request.")] = 1,
+    texts: Annotated[Path | None, typer.Option(help="A .jsonl or plain text file.")] = None,
+    url: Url = "",
+    http: Http = False,
+    name: ModelName = None,
+    as_json: Json = False,
+) -> None:
+    """Load a running server with locust, headless."""
+    from samp_loadtest.run import run_loadtest
+
+    from samp_core import show
+
+    with show.progress() as progress:
+        total = int(seconds)
+        step = progress(f"load test: {tier}, {users} users", total)
+        shown = 0
+
+        def tick(gone: float, _all: float) -> None:
+            nonlocal shown
+            while shown < min(int(gone), total):
+                shown += 1
+                step()
+
+        result = run_loadtest(
+            url or _default_url(http),
+            tier,
+            protocol="http" if http else "grpc",
+            users=users,
+            seconds=seconds,
+            texts=texts,
+            rows=rows,
+            model=name,
+            progress=tick,
+        )
+    _print_json(result) if as_json else show.load_table(result)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, what is missing, which command mends it."""
+    from dataclasses import asdict
+
+    from samp_core import show
+    from samp_core.doctor import examine
+
+    checks = [asdict(check) for check in examine()]
+    _print_json(checks) if as_json else show.doctor_table(checks)
+    if not all(check["ok"] for check in checks):
+        raise typer.Exit(1)
+
+
+def compare(
+    client: Client,
+    data: Path,
+    control: str,
+    candidate: str,
+    promise_points: float | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """An A/B over a file's texts; its labels count when it has the column. The `ab` object."""
+    from samp_client.ab import collect
+
+    from samp_core.ab import report
+    from samp_core.data import read_rows
+
+    info = client.describe(candidate)
+    points = info.promise if promise_points is None else promise_points
+    if points is None:
+        raise UsageError(
+            "no_promise",
+            f"tier {candidate} was built without a promised drop",
+            "a promise in points of accuracy",
+            "give --promise, e.g. --promise 1.0",
+        )
+    try:
+        rows, labelled = read_rows(data), True
+    except SampError as error:
+        if error.code not in ("data_columns", "data_one_class"):
+            raise
+        rows, labelled = read_rows(data, labelled=False), False
+    texts = rows.texts[:limit]
+    return report(
+        collect(client, texts, control, candidate, seed=seed, progress=progress),
+        texts,
+        control=control,
+        candidate=candidate,
+        promise=points / 100.0,
+        gold=rows.labels[:limit] if labelled else None,
+        classes=client.labels(),
+        seed=seed,
+    )
+
+
+def main() -> NoReturn:
+    """Run `samp`; every expected failure is one line on stderr (with --json: one object)."""
+    from samp_client.errors import ClientError
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except (SampError, ClientError) as error:
+        if as_json:
+            print(json.dumps(error.to_json(), ensure_ascii=False))
+        else:
+            print(f"samp: {error}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
+    except _usage_errors() as error:
+        _usage(error, as_json)
+    except typer.Exit as done:
+        raise SystemExit(done.exit_code) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("samp: stopped; what was measured is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+    raise SystemExit(0)
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    # Typer brings click along, or its own copy of it, depending on its version.
+    kinds: list[type[Exception]] = []
+    for module in ("click.exceptions", "typer._click.exceptions"):
+        try:
+            found = __import__(module, fromlist=["ClickException"])
+        except ImportError:
+            continue
+        kinds.append(found.ClickException)
+    return tuple(kinds)
+
+
+def _usage(error: Any, as_json: bool) -> NoReturn:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "samp"
+    problem = UsageError("usage", message, "", f"see {command} --help")
+    if as_json:
+        print(json.dumps(problem.to_json()))
+    else:
+        print(f"samp: {message}; see {command} --help", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def _default_url(http: bool) -> str:
+    return "127.0.0.1:8000" if http else "127.0.0.1:8001"
+
+
+def _connect(url: str, http: bool, name: str | None, timeout: float) -> Client:
+    from samp_client import connect
+
+    protocol: Any = "http" if http else "grpc"
+    return connect(url or _default_url(http), protocol, model=name, timeout_s=timeout)
+
+
+def _default_tier(client: Client) -> str:
+    """`balanced` where it is served, else the only tier there is, else an error with the list."""
+    tiers = client.tiers()
+    return tiers[0] if len(tiers) == 1 else "balanced"
+
+
+def _texts(texts: list[str] | None, file: Path | None) -> Iterator[str]:
+    if texts and file is not None:
+        raise UsageError("usage", "texts and --in", "one of them", "drop one")
+    if file is not None:
+        from samp_core.data import read_rows
+
+        yield from read_rows(file, labelled=False).texts
+    elif texts:
+        yield from texts
+    else:
+        for line in sys.stdin:
+            yield line.rstrip("\n")
+
+
+def _chunks(values: Iterator[str], size: int) -> Iterator[tuple[int, list[str]]]:
+    start = 0
+    chunk: list[str] = []
+    for value in values:
+        chunk.append(value)
+        if len(chunk) == size:
+            yield start, chunk
+            start += size
+            chunk = []
+    if chunk:
+        yield start, chunk

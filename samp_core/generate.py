@@ -1,0 +1,105 @@
+"""`samp generate`: a repository from plans that exist, without a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from samp_core import cache, calibrate
+from samp_core.build import open_workbench, read_splits, write
+from samp_core.config import BuildConfig
+from samp_core.errors import SampError, UsageError
+from samp_core.plan import QUANTIZED, Plan
+from samp_core.quantize import export_weights
+from samp_core.repository import TierFiles, build_lock, check_names
+from samp_core.workbench import Progress, Workbench, silent
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `samp generate` needs: plans by tier, and the checkpoint that they were made for."""
+
+    plans: Mapping[str, Path]
+    build: BuildConfig
+    has_data: bool
+
+
+def read_plans(values: list[str]) -> dict[str, Path]:
+    """`TIER=FILE`, or FILE: its tier is then the encoder folder's, else the file's own name."""
+    plans: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        file = Path(path) if equals else Path(value)
+        if not equals:
+            folder = file.resolve().parent.parent.name
+            in_build = folder.startswith("encoder_") and file.name == "plan.json"
+            name = folder.rsplit("_", 1)[1] if in_build else file.stem
+        if name in plans:
+            raise UsageError(
+                "bad_plan", f"two plans for tier {name}", "one plan a tier", "write TIER=FILE"
+            )
+        plans[name] = file
+    return plans
+
+
+def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, Any]:
+    """Write the repository of these plans; `exact` is added if no plan has that name."""
+    build = config.build
+    plans = {name: _read(path) for name, path in config.plans.items()}
+    check_names(build.name, [*plans, *({"exact"} - set(plans))], build.default_tier or "exact")
+    with build_lock(build.folder):
+        cache.clean(build.folder / "cache")
+        bench = open_workbench(build, progress)
+        tiers: dict[str, TierFiles] = {}
+        for name, plan in {"exact": bench.base_plan(), **plans}.items():
+            if plan.model_sha256 != bench.checkpoint.sha256:
+                raise SampError(
+                    "plan_mismatch",
+                    f"{config.plans[name]} was made for checkpoint {plan.model_sha256[:12]}",
+                    f"plans for {build.model}, {bench.checkpoint.sha256[:12]}",
+                    "give that checkpoint as --model, or run samp build for this one",
+                )
+            if plan.quantized_sites() and not plan.scales:
+                plan = _with_scales(config, bench, plan)
+            bench.session(plan)  # refuses now what a server would refuse at load
+            weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
+            tiers[name] = TierFiles(plan, weights)
+        record = {"generated_from": {name: str(path) for name, path in config.plans.items()}}
+        step = progress("write the model repository", 1)
+        default = build.default_tier or ("balanced" if "balanced" in tiers else "exact")
+        write(build.model_copy(update={"default_tier": default}), bench, tiers, record)
+        step()
+    return {
+        "repository": str(build.folder),
+        "tiers": [{"name": name, "plan": files.plan.summary()} for name, files in tiers.items()],
+    }
+
+
+def _read(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise UsageError(
+            "no_plan", f"{path}: {error.strerror}", "a plan.json", "check the path"
+        ) from None
+    except UnicodeDecodeError:
+        raise UsageError("bad_plan", f"{path} is not text", "a plan.json", "check it") from None
+
+
+def _with_scales(config: GenerateConfig, bench: Workbench, plan: Plan) -> Plan:
+    if not config.has_data:
+        raise UsageError(
+            "no_scale",
+            "a plan quantizes sites and carries no scales",
+            "plans with scales, as samp build writes them",
+            "give --data, so that the scales are calibrated",
+        )
+    ranges = bench.ranges(bench.split(read_splits(config.build, []).calibration))
+    scales: dict[str, float] = {}
+    for site, entry in plan.sites.items():
+        if entry.precision in QUANTIZED and entry.recipe is not None:
+            made = calibrate.scales(ranges, entry.recipe)
+            scales.update({k: v for k, v in made.items() if k.startswith(f"{site}.")})
+    return replace(plan, scales=scales)

@@ -1,0 +1,160 @@
+"""What the command line shows a person: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from samp_core.workbench import Progress
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+
+@contextlib.contextmanager
+def progress(enabled: bool = True) -> Iterator[Progress]:
+    """A bar for each stage; where stderr is no terminal, one line a stage."""
+    if not enabled:
+        yield lambda title, steps: lambda: None
+        return
+    if not err.is_terminal:
+
+        def line(title: str, steps: int) -> Callable[[], None]:
+            err.print(f"  {title} ({steps} steps)")
+            return lambda: None
+
+        yield line
+        return
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
+    with Bars(*columns, TimeElapsedColumn(), console=err) as bars:
+
+        def stage(title: str, steps: int) -> Callable[[], None]:
+            task = bars.add_task(title, total=steps)
+            return lambda: bars.advance(task)
+
+        yield stage
+
+
+def steps(progress: Progress, title: str) -> Callable[[int, int], None]:
+    """A (done, all) callback as a stage of our progress, which counts single steps."""
+    step: Callable[[], None] | None = None
+
+    def tick(_done: int, total: int) -> None:
+        nonlocal step
+        step = step or progress(title, total)
+        step()
+
+    return tick
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout, wide enough for its cells where stdout is no terminal."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, heading in enumerate(headings):
+        made.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index == 0)
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    console = out if out.is_terminal else Console(highlight=False, width=170)
+    console.print(made)
+
+
+def promise(wish: Mapping[str, float], met: bool) -> str:
+    """`<= 0.5 pt, <= 8 ms`, with a mark when it is not met."""
+    parts = [f"≤ {wish['drop']:g} pt"] if "drop" in wish else []
+    parts += [f"≤ {wish['latency']:g} ms"] if "latency" in wish else []
+    return (", ".join(parts) or "-") + ("" if met else " NOT MET")
+
+
+def build_table(report: Mapping[str, Any]) -> None:
+    """The tiers of a build."""
+    exact = next(t for t in report["tiers"] if t["name"] == "exact")["latency_ms"]
+    rows = []
+    for tier in report["tiers"]:
+        low, high = tier["ci95"]
+        latency = tier["latency_ms"]
+        many = list(latency)[-1]
+        rows.append(
+            (
+                tier["name"],
+                tier["plan"],
+                f"{tier['value']:.2f} [{low:.1f}, {high:.1f}]",
+                promise(tier["promise"], tier["met"]),
+                f"{tier['drop_bound']:.2f}",
+                f"{tier['size_mb']:.1f}",
+                f"{latency['1']:.2f}",
+                f"{exact['1'] / latency['1']:.2f}x",
+                f"{exact[many] / latency[many]:.2f}x",
+            )
+        )
+    headings = ("tier", "plan", "accuracy % [95%]", "promise", "drop bound pt", "MB")
+    many = list(exact)[-1]
+    table(
+        f"{report['repository']}: accuracies on rows that the search never saw",
+        (*headings, "ms, 1 text", "ratio to exact", f"ratio, {many} texts"),
+        rows,
+    )
+    for warning in report["warnings"]:
+        out.print(f"note: {warning}")
+    kept = report["cache"]
+    out.print(f"{report['seconds']:.0f} s; cache: {kept['hits']} found, {kept['misses']} made")
+
+
+def ab_table(result: Mapping[str, Any]) -> None:
+    """An A/B comparison."""
+    rows = []
+    for arm in (result["control"], result["candidate"]):
+        times = result["latency_ms"][arm]
+        right = result["accuracy"][_side(result, arm)] if result["accuracy"] else None
+        cells = []
+        for mark in ("p50", "p95", "p99"):
+            if times[mark] is None:
+                cells.append("-")
+                continue
+            low, high = times["ci95"][mark]
+            cells.append(f"{times[mark]:.2f} [{low:.2f}, {high:.2f}]")
+        rows.append((arm, "-" if right is None else f"{right * 100:.2f}", *cells))
+    headings = ("arm", "accuracy %", "p50 ms [95%]", "p95 ms [95%]", "p99 ms [95%]")
+    table(f"A/B over {result['n']} texts", headings, rows)
+    if result["agreement"] is not None:
+        out.print(f"agreement {result['agreement'] * 100:.2f}%, {len(result['differing'])} differ")
+    if result["difference"] is not None:
+        low, high = (100 * end for end in result["difference"]["ci95"])
+        m = result["mcnemar"]
+        out.print(
+            f"difference {result['difference']['value'] * 100:.2f} points [{low:.2f}, {high:.2f}]; "
+            f"McNemar b={m['b']} c={m['c']} p={m['p']:.3g}"
+        )
+    out.print(f"verdict: {result['verdict']} ({result['reason']})")
+
+
+def _side(result: Mapping[str, Any], arm: str) -> str:
+    return "control" if arm == result["control"] else "candidate"
+
+
+def load_table(result: Mapping[str, Mapping[str, Any]]) -> None:
+    """A load test, by tier."""
+    keys = ("requests", "failures", "rps", "p50", "p95", "p99", "server_queue_ms")
+    rows = []
+    for tier, facts in result.items():
+        cells = [facts[key] for key in (*keys, "server_compute_ms")]
+        rows.append((tier, *(f"{c:.2f}" if isinstance(c, float) else c for c in cells)))
+    headings = ("tier", "requests", "failures", "requests/s", "p50 ms", "p95 ms", "p99 ms")
+    table("Load test", (*headings, "server queue ms", "server compute ms"), rows)
+
+
+def doctor_table(checks: Sequence[Mapping[str, Any]]) -> None:
+    """What this machine has; what is missing; which command mends it."""
+    rows = [(c["item"], c["found"], "ok" if c["ok"] else "MISSING", c["fix"]) for c in checks]
+    made = Table(header_style="bold")
+    for heading in ("item", "found", "", "to mend or gain"):
+        made.add_column(heading)
+    for row in rows:
+        made.add_row(*map(str, row))
+    console = out if out.is_terminal else Console(highlight=False, width=150)
+    console.print(made)
