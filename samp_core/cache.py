@@ -48,9 +48,9 @@ class Cache:
         body = self._read(path)
         if body is not None:
             return json.loads(body)
-        made = make()
-        self._write(path, json.dumps(made).encode())
-        return made
+        body = json.dumps(make()).encode()
+        self._write(path, body)
+        return json.loads(body)
 
     def _path(self, kind: str, key: Mapping[str, Any], suffix: str) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

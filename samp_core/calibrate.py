@@ -52,7 +52,7 @@ def observe(
 
     def count(name: str, x: Array) -> None:
         top = amax[name]
-        if top == 0.0:
+        if top < 1e-30:  # Zeros, or so near that the scale's floor decides.
             return
         bins = (np.abs(x).ravel() * ((BINS - 1e-3) / top)).astype(np.int32)
         histogram = np.bincount(bins, minlength=BINS)[:BINS]
@@ -96,7 +96,7 @@ def scales(ranges: Ranges, recipe: Recipe) -> dict[str, float]:
             f"{name}_scale" if ".scores." in name or ".context." in name else f"{name}.input_scale"
         )
         result[key] = max(reach, 1e-8) / QMAX
-    for layer in {name.split(".")[1] for name in ranges}:
+    for layer in dict.fromkeys(name.split(".")[1] for name in ranges):
         # A softmax never exceeds 1.
         result[f"layer.{layer}.context.p_scale"] = 1.0 / QMAX
     return result

@@ -77,6 +77,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         hf = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise _broken(config_file, f"it is not JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise _broken(config_file, f"it holds a {type(hf).__name__}", "a JSON object")
     config = encoder_config(hf, folder)
     files = _weight_files(folder)
     state = dict(_read_state(files))
@@ -123,7 +125,10 @@ def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
         )
     except KeyError as error:
         raise _broken(folder, f"config.json lacks {error}", "a complete BERT config.json") from None
-    if config.layers < 1 or config.hidden % config.heads:
+    except (TypeError, ValueError) as error:
+        raise _broken(folder, f"config.json: {error}", "numbers for the sizes") from None
+    sizes = (config.layers, config.hidden, config.heads, config.ffn, config.vocab, config.positions)
+    if min(sizes) < 1 or config.hidden % config.heads:
         got = f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads"
         raise _broken(folder, got, "one layer or more, hidden a multiple of heads")
     return config
@@ -167,12 +172,17 @@ def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:
-                reason = str(error).splitlines()[0][:160]
+                reason = (str(error) or type(error).__name__).splitlines()[0][:160]
                 raise _broken(
                     file,
                     f"not loadable as plain weights ({reason})",
                     "tensors only, no pickled code",
                 ) from None
+            flat = isinstance(state, dict) and all(
+                isinstance(t, torch.Tensor) for t in state.values()
+            )
+            if not flat:
+                raise _broken(file, "not a mapping of names to tensors", "a state_dict")
             for name, tensor in state.items():
                 yield name, tensor.float().numpy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -16,6 +17,11 @@ SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 QUANTIZED = ("int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
+_RECIPE_WORDS = {
+    "weight": ("channel", "tensor"),
+    "activation": ("static", "token"),
+    "calibrator": CALIBRATORS,
+}
 
 
 @dataclass(frozen=True)
@@ -115,13 +121,19 @@ class Plan:
         missing = [k for k in ("model_sha256", "config", "backend", "sites") if k not in body]
         if missing:
             raise _bad(source, f"no {', '.join(missing)}", "model_sha256, config, backend, sites")
+        for key in ("config", "sites", "scales"):
+            if not isinstance(body.get(key, {}), dict):
+                raise _bad(source, f"{key} is a {type(body[key]).__name__}", "a JSON object")
         layers = body["config"].get("layers")
-        if not isinstance(layers, int) or layers < 1:
+        if type(layers) is not int or layers < 1:
             raise _bad(source, f"config.layers {layers!r}", "a whole number from 1")
         sites = {}
         for name, entry in body["sites"].items():
             _check_site(source, name, layers)
             sites[name] = _parse_site(source, name, entry)
+        for name, scale in body.get("scales", {}).items():
+            if type(scale) not in (int, float) or not 0.0 < scale < math.inf:
+                raise _bad(source, f"scale {name} = {scale!r}", "a finite number above 0")
         return Plan(
             model_sha256=body["model_sha256"],
             config=body["config"],
@@ -146,8 +158,7 @@ def _check_site(source: str, name: str, layers: int) -> None:
     good = (
         len(parts) == 3
         and parts[0] == "layer"
-        and parts[1].isdigit()
-        and int(parts[1]) < layers
+        and parts[1] in map(str, range(layers))
         and parts[2] in SITES
     )
     if not good:
@@ -162,13 +173,17 @@ def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
     raw = entry.get("recipe")
     if raw is None:
         return SitePlan(precision, Recipe() if precision in QUANTIZED else None)
+    if not isinstance(raw, dict):
+        raise _bad(source, f"{name}: recipe is a {type(raw).__name__}", "a JSON object")
     known = set(Recipe.__dataclass_fields__)
     unknown = sorted(set(raw) - known)
     if unknown:
         raise _bad(source, f"{name}: recipe has {', '.join(unknown)}", ", ".join(sorted(known)))
     recipe = Recipe(**raw)
-    if recipe.calibrator not in CALIBRATORS:
-        raise _bad(source, f"{name}: calibrator {recipe.calibrator!r}", ", ".join(CALIBRATORS))
+    for key, allowed in _RECIPE_WORDS.items():
+        value = getattr(recipe, key)
+        if value not in allowed:
+            raise _bad(source, f"{name}: {key} {value!r}", ", ".join(allowed))
     return SitePlan(precision, recipe)
 
 

@@ -18,7 +18,9 @@ def quantize_weight(weight: Array, recipe: Recipe) -> tuple[Array, F32]:
     amax = np.abs(weight).max(axis=1)
     if recipe.weight == "tensor":
         amax = np.full_like(amax, amax.max())
-    scale = np.where(amax > 0, amax / QMAX, 1.0).astype(np.float32)
+    scale = (amax / QMAX).astype(np.float32)
+    # A row of zeros, or of values too small for a scale, is stored as zeros.
+    scale[scale < np.finfo(np.float32).tiny] = 1.0
     q = np.clip(np.rint(weight / scale[:, None]), -QMAX, QMAX).astype(np.int8)
     return q, scale
 
@@ -47,6 +49,13 @@ def export_weights(
             if precision != "int8" or entry.recipe is None:
                 raise SampError(
                     "unsupported_precision", f"{name}: {precision}", "fp32, int8", "edit the plan"
+                )
+            if entry.recipe.smooth is not None or entry.recipe.rounding != "nearest":
+                raise SampError(
+                    "unsupported_recipe",
+                    f"{name}: smooth {entry.recipe.smooth}, rounding {entry.recipe.rounding!r}",
+                    "no smoothing, rounding 'nearest'",
+                    "edit the plan",
                 )
             key = (name, entry.recipe.weight)
             if key not in memo:
