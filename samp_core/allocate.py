@@ -128,12 +128,12 @@ def decay_aware(plans: Sequence[Candidate], alpha: float = 0.05) -> Candidate:
 
     The accuracies A_k are smoothed to fall with k; the plan farthest above the chord from (0, A_0)
     to (T_0 - T_L, A_L) is where the accuracy lost per millisecond gained begins to jump. If the
-    whole drop is within noise, or nothing lies above the chord, all L layers are quantized.
+    whole drop is within noise the fastest plan is taken, if nothing lies above the chord mode(L).
     """
     first, last = plans[0], plans[-1]
     low, _ = tango_interval(last.b, last.c, last.n, 1.0 - alpha)
     if low <= 0.0:
-        return min(plans[1:], key=lambda c: c.latency_ms, default=first)
+        return min(plans, key=lambda c: c.latency_ms)
     accuracy = falling([c.accuracy for c in plans])
     gained = np.array([first.latency_ms - c.latency_ms for c in plans])
     span = gained[-1]
