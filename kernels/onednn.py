@@ -227,7 +227,7 @@ class OneDnnBackend:
         scale = _static_scale(out)
         q = torch.quantize_per_tensor(x, scale, ZERO_POINT, torch.quint8)
         # The integers without int_repr's copy, which costs three times the quantization itself.
-        data = torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape)
+        data = torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())
         return QTensor(data.clamp_(min=1), scale, tuple(x.shape))
 
     def pool(self, x: Any, cu_seqlens: Array, how: Literal["first", "mean"]) -> torch.Tensor:

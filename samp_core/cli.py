@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -226,10 +226,19 @@ def ab(
 ) -> None:
     """Send the same texts to two tiers, interleaved; exit 1 if the promise is broken."""
     from samp_core import show
+    from samp_core.ab import compare
 
     with _connect(url, http, name, timeout) as client, show.progress() as progress:
-        step = show.steps(progress, f"A/B: {control} and {candidate}")
-        result = compare(client, data, control, candidate, promise, limit, seed, step)
+        result = compare(
+            client,
+            data,
+            control,
+            candidate,
+            promise_points=promise,
+            limit=limit,
+            seed=seed,
+            progress=progress,
+        )
     _print_json(result) if as_json else show.ab_table(result)
     if result["verdict"] == "broken":
         raise typer.Exit(1)
@@ -289,50 +298,6 @@ def doctor(as_json: Json = False) -> None:
     _print_json(checks) if as_json else show.doctor_table(checks)
     if not all(check["ok"] for check in checks):
         raise typer.Exit(1)
-
-
-def compare(
-    client: Client,
-    data: Path,
-    control: str,
-    candidate: str,
-    promise_points: float | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """An A/B over a file's texts; its labels count when it has the column. The `ab` object."""
-    from samp_client.ab import collect
-
-    from samp_core.ab import report
-    from samp_core.data import read_rows
-
-    info = client.describe(candidate)
-    points = info.promise if promise_points is None else promise_points
-    if points is None:
-        raise UsageError(
-            "no_promise",
-            f"tier {candidate} was built without a promised drop",
-            "a promise in points of accuracy",
-            "give --promise, e.g. --promise 1.0",
-        )
-    try:
-        rows, labelled = read_rows(data), True
-    except SampError as error:
-        if error.code not in ("data_columns", "data_one_class"):
-            raise
-        rows, labelled = read_rows(data, labelled=False), False
-    texts = rows.texts[:limit]
-    return report(
-        collect(client, texts, control, candidate, seed=seed, progress=progress),
-        texts,
-        control=control,
-        candidate=candidate,
-        promise=points / 100.0,
-        gold=rows.labels[:limit] if labelled else None,
-        classes=client.labels(),
-        seed=seed,
-    )
 
 
 def main() -> NoReturn:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from samp_core import show
+from samp_core.ab import compare
 from samp_core.build import build
-from samp_core.cli import compare
 from samp_core.config import load_config
 from samp_core.data import read_rows
 from samp_core.errors import SampError
@@ -95,8 +95,7 @@ def ab(server: Server) -> dict[str, Any]:
     from samp_client import connect
 
     with connect(server.grpc) as client, show.progress() as progress:
-        step = show.steps(progress, "A/B over gRPC")
-        return compare(client, DATA, "exact", "fast", limit=AB_TEXTS, progress=step)
+        return compare(client, DATA, "exact", "fast", limit=AB_TEXTS, progress=progress)
 
 
 def load_tiers(server: Server, tiers: list[str]) -> Facts:

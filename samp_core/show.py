@@ -41,18 +41,6 @@ def progress(enabled: bool = True) -> Iterator[Progress]:
         yield stage
 
 
-def steps(progress: Progress, title: str) -> Callable[[int, int], None]:
-    """A (done, all) callback as a stage of our progress, which counts single steps."""
-    step: Callable[[], None] | None = None
-
-    def tick(_done: int, total: int) -> None:
-        nonlocal step
-        step = step or progress(title, total)
-        step()
-
-    return tick
-
-
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, wide enough for its cells where stdout is no terminal."""
     made = Table(title=title, title_justify="left", header_style="bold")

@@ -1,0 +1,157 @@
+"""What each tier serves: chosen on the search split, tested on the verification split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from samp_kernels.interface import Array
+
+from samp_core import allocate, evaluate
+from samp_core.allocate import Candidate
+from samp_core.config import TierSpec
+from samp_core.plan import Plan
+from samp_core.workbench import Split, Workbench
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a tier serves, and every verification test on the way to it.
+
+    `met` is False where the promise cannot be kept even by the plan served.
+    """
+
+    tier: str
+    spec: TierSpec
+    plan: str
+    tests: tuple[tuple[str, evaluate.DropTest], ...]
+    met: bool
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A tier's plan on the verification split; accuracies are fractions, drops too."""
+
+    accuracy: float
+    ci95: tuple[float, float]
+    counts: evaluate.Counts
+    drop_bound: float
+    latency_ms: Mapping[str, float]
+
+
+class Verifier:
+    """Tests plans on the verification split; each plan runs over it at most once."""
+
+    def __init__(
+        self, bench: Workbench, plans: Mapping[str, Plan], split: Split, alpha: float
+    ) -> None:
+        self._bench = bench
+        self._plans = plans
+        self._split = split
+        self.alpha = alpha
+        self.n = len(split.gold)
+
+    def correct(self, name: str) -> Array:
+        logits = self._bench.logits(self._plans[name], self._split, f"verify: {name}")
+        return np.asarray(logits.argmax(axis=1) == self._split.gold)
+
+    def test(self, name: str, promise: float) -> evaluate.DropTest:
+        return evaluate.drop_test(self.correct(FLOAT), self.correct(name), promise, self.alpha)
+
+    def measured(self, name: str, latency_ms: Mapping[str, float]) -> Measured:
+        right = self.correct(name)
+        counts = evaluate.paired_counts(self.correct(FLOAT), right)
+        return Measured(
+            accuracy=float(right.mean()),
+            ci95=tuple(evaluate.wilson_interval(int(right.sum()), len(right))),  # type: ignore[arg-type]
+            counts=counts,
+            drop_bound=evaluate.drop_upper_bound(*counts, self.alpha),
+            latency_ms=latency_ms,
+        )
+
+
+def choose(
+    tier: str,
+    spec: TierSpec,
+    candidates: Mapping[str, Candidate],
+    verifier: Verifier,
+) -> Choice:
+    """The plan of one tier, by its wish; verified where it promises a drop."""
+    reference = candidates[FLOAT]
+    everything = list(candidates.values())
+    if spec.drop is not None:
+        return _by_drop(tier, spec, reference, everything, verifier)
+    if spec.latency is not None:
+        chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, verifier.alpha)
+        if chosen is not None:
+            return Choice(tier, spec, chosen.name, (), True)
+        fastest = min(everything, key=lambda c: c.latency_ms)
+        note = (
+            f"tier {tier}: no plan is under {spec.latency:g} ms; the nearest, {fastest.name}, "
+            f"takes {fastest.latency_ms:.2f} ms and is served"
+        )
+        return Choice(tier, spec, fastest.name, (), False, (note,))
+    recommended = [
+        allocate.decay_aware([reference, *(c for c in everything if c.name.startswith(kind))])
+        for kind in ("ffn_only", "full")
+    ]
+    best = min(recommended, key=lambda c: c.latency_ms)
+    return Choice(tier, spec, best.name, (), True)
+
+
+def _by_drop(
+    tier: str,
+    spec: TierSpec,
+    reference: Candidate,
+    candidates: Sequence[Candidate],
+    verifier: Verifier,
+) -> Choice:
+    assert spec.drop is not None
+    promise = spec.drop / 100.0
+    n = verifier.n
+    sequence = allocate.drop_sequence(
+        candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=verifier.alpha
+    )
+    result = evaluate.fixed_sequence(
+        [c.name for c in sequence], lambda name: verifier.test(name, promise)
+    )
+    notes: list[str] = []
+    least = evaluate.drop_upper_bound(0, 0, n, verifier.alpha)
+    met = result.served is not None or least <= promise
+    if least > promise:
+        needed = evaluate.examples_needed(promise, 0.0, 0.0, 0.8, verifier.alpha)
+        notes.append(
+            f"tier {tier}: a promise of {spec.drop:g} points needs at least {needed:,} "
+            f"verification rows even for a plan that changes nothing; there are {n:,}"
+        )
+    if result.tests and not result.tests[-1][1].passed:
+        name, test = result.tests[-1]
+        rate = (test.b + test.c) / test.n
+        if test.drop < promise and rate > 0:
+            rows = _needed(promise, rate, max(test.drop, 0.0), verifier.alpha)
+            notes.append(
+                f"tier {tier}: {name} was stopped by its bound of {test.bound * 100:.2f} points "
+                f"(drop {test.drop * 100:.2f}); about {rows} verification rows could settle it"
+            )
+    if spec.latency is not None and result.served is None and reference.latency_ms > spec.latency:
+        met = False
+        fastest = min(candidates, key=lambda c: c.latency_ms)
+        notes.append(
+            f"tier {tier}: no plan holds {spec.drop:g} points within {spec.latency:g} ms; exact "
+            f"takes {reference.latency_ms:.2f} ms, the fastest plan ({fastest.name}) "
+            f"{fastest.latency_ms:.2f} ms; exact's plan is served"
+        )
+    elif result.served is None:
+        notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
+    return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
+
+
+def _needed(promise: float, rate: float, drop: float, alpha: float) -> str:
+    try:
+        return f"{evaluate.examples_needed(promise, max(rate, drop), drop, 0.8, alpha):,}"
+    except ValueError:
+        return "more than 100,000,000"
