@@ -88,9 +88,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
-    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(hf.get("num_labels", 2))}
-    labels = tuple(str(names[key]) for key in sorted(names, key=int))
-    return Checkpoint(folder, config, hf, tensors, state, labels, digest.hexdigest())
+    return Checkpoint(
+        folder, config, hf, tensors, state, _labels(hf, config_file), digest.hexdigest()
+    )
 
 
 def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
@@ -132,6 +132,16 @@ def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
         got = f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads"
         raise _broken(folder, got, "one layer or more, hidden a multiple of heads")
     return config
+
+
+def _labels(hf: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    """id2label in the order of the logits."""
+    count = hf.get("num_labels", 2)
+    names = hf.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    keys = [str(i) for i in range(len(names))]
+    if not isinstance(names, dict) or set(names) != set(keys):
+        raise _broken(file, f"id2label {str(names)[:80]}", 'names under "0", "1", ...')
+    return tuple(str(names[key]) for key in keys)
 
 
 def _broken(path: Path, given: str, allowed: str = "an intact file") -> SampError:
