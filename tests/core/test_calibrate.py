@@ -1,0 +1,193 @@
+"""Activation ranges against the activations themselves, and scales as a function of ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samp_kernels.interface import Array, Batch, pack_batch
+from samp_kernels.reference import ReferenceBackend
+from tiny import CONFIG, tiny_weights
+
+from samp_core import calibrate
+from samp_core.encoder import LoopSession
+from samp_core.errors import SampError
+from samp_core.plan import Plan, Recipe
+
+PLAN = Plan("0", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, "reference", {}, {})
+SITES = {
+    *(f"layer.0.{name}" for name in ("qkv", "out", "ffn_in", "ffn_out")),
+    *("layer.0.scores.q", "layer.0.scores.k", "layer.0.context.v"),
+}
+
+
+def session(weights: dict[str, Array] | None = None) -> LoopSession:
+    return LoopSession(ReferenceBackend(), CONFIG, weights or tiny_weights(0), PLAN)
+
+
+def batch_of(lengths: list[int], seed: int) -> Batch:
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(0, CONFIG.vocab, length) for length in lengths]
+    return pack_batch(ids, [np.zeros_like(row) for row in ids])
+
+
+BATCHES = [batch_of([3, 9, 1], 0), batch_of([5], 1), batch_of([7, 7], 2)]
+
+
+def observe(weights: dict[str, Array] | None = None, output: Any = "tokens") -> dict[str, Array]:
+    return calibrate.observe(session(weights), BATCHES, output, np.asarray, CONFIG.heads)
+
+
+def activations(output: Any) -> dict[str, Array]:
+    """Every site's inputs over all batches, flat, as the session shows them."""
+    seen: dict[str, list[Array]] = {}
+
+    def note(name: str, value: Any) -> None:
+        if name.endswith(".attention"):
+            hidden = CONFIG.hidden
+            for place, part in enumerate(("scores.q", "scores.k", "context.v")):
+                x = value[0][:, place * hidden : (place + 1) * hidden]
+                seen.setdefault(f"layer.0.{part}", []).append(x.ravel())
+        else:
+            seen.setdefault(name, []).append(value.ravel())
+
+    for batch in BATCHES:
+        session().observe(batch, output, note)
+    return {name: np.concatenate(parts) for name, parts in seen.items()}
+
+
+@pytest.mark.parametrize("output", ["first", "tokens"])
+def test_ranges_are_those_of_the_activations(output: str) -> None:
+    ranges, inputs = observe(output=output), activations(output)
+    assert set(inputs) == SITES
+    assert set(ranges) == SITES | {f"{name}.amax" for name in SITES}
+    tokens, rows = sum(b.tokens for b in BATCHES), sum(b.sequences for b in BATCHES)
+    for name, x in inputs.items():
+        amax = np.abs(x).max()
+        assert ranges[f"{name}.amax"].tolist() == [amax]
+        histogram, _ = np.histogram(np.abs(x), bins=calibrate.BINS, range=(0, amax))
+        assert np.abs(histogram - ranges[name]).sum() <= 4, "more than edges differ"
+        assert ranges[name].sum() == x.size
+        assert ranges[name][-1] >= 1
+        # With one row a text asked for, the last layer computes only that row.
+        late = name.rsplit(".", 1)[1] in ("out", "ffn_in", "ffn_out")
+        width = CONFIG.ffn if name.endswith("ffn_out") else CONFIG.hidden
+        assert x.size == width * (rows if late and output == "first" else tokens)
+
+
+def test_two_passes_a_batch_and_progress() -> None:
+    steps: list[int] = []
+    calibrate.observe(
+        session(), BATCHES, "first", np.asarray, CONFIG.heads, lambda: steps.append(1)
+    )
+    assert len(steps) == 2 * len(BATCHES)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "site"),
+    [
+        ("embeddings.ln.bias", "layer.0.qkv"),
+        ("layer.0.qkv.bias", "layer.0.scores.q"),
+        ("layer.0.out.bias", "layer.0.ffn_in"),
+        ("layer.0.ffn_in.bias", "layer.0.ffn_out"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite_names_its_site(tensor: str, site: str, value: float) -> None:
+    weights = tiny_weights(0)
+    weights[tensor][0] = value
+    with pytest.raises(SampError, match=f"not_finite: the input of {site} holds NaN or infinity"):
+        observe(weights)
+
+
+def test_a_site_of_zeros() -> None:
+    """An ffn that never fires has no range; its scale is small and positive, not 0."""
+    weights = tiny_weights(0)
+    weights["layer.0.ffn_in.weight"][:] = 0
+    weights["layer.0.ffn_in.bias"][:] = 0
+    ranges = observe(weights)
+    assert ranges["layer.0.ffn_out"].sum() == 0
+    for recipe in (Recipe(), Recipe(calibrator="percentile", percentile=99.0)):
+        assert 0 < calibrate.scales(ranges, recipe)["layer.0.ffn_out.input_scale"] < 1e-6
+
+
+# scales
+
+
+def test_scales_by_stored_name() -> None:
+    ranges, inputs = observe(), activations("tokens")
+    scales = calibrate.scales(ranges, Recipe())
+    gemms = {f"layer.0.{name}" for name in ("qkv", "out", "ffn_in", "ffn_out")}
+    wanted = {f"{name}.input_scale": np.abs(inputs[name]).max() / 127 for name in gemms}
+    for name in SITES - gemms:
+        wanted[f"{name}_scale"] = np.abs(inputs[name]).max() / 127
+    wanted["layer.0.context.p_scale"] = 1 / 127
+    assert scales == wanted
+    assert all(type(value) is float for value in scales.values())
+
+
+def test_scales_are_a_pure_function() -> None:
+    ranges = observe()
+    kept = {name: value.copy() for name, value in ranges.items()}
+    recipe = Recipe(calibrator="percentile", percentile=99.0)
+    first = calibrate.scales(ranges, recipe)
+    assert list(calibrate.scales(ranges, recipe).items()) == list(first.items())
+    assert all(np.array_equal(kept[name], ranges[name]) for name in kept)
+    # They come in the order of the ranges: a plan's file does not depend on the run.
+    many = {f"layer.{i}.qkv{end}": value for i in range(12) for end, value in
+            (("", np.ones(calibrate.BINS, np.int64)), (".amax", np.array([1.0])))}  # fmt: skip
+    last = list(calibrate.scales(many, Recipe()))[-12:]
+    assert last == [f"layer.{i}.context.p_scale" for i in range(12)]
+
+
+@pytest.mark.parametrize("percent", [90.0, 99.0, 99.9, 100.0])
+def test_percentile_scales_are_those_of_the_activations(percent: float) -> None:
+    scales = calibrate.scales(observe(), Recipe(calibrator="percentile", percentile=percent))
+    for name, x in activations("tokens").items():
+        stored = f"{name}_scale" if name.count(".") == 3 else f"{name}.input_scale"
+        wanted = np.percentile(np.abs(x), percent, method="inverted_cdf")
+        assert abs(scales[stored] * 127 - wanted) <= 1.01 * np.abs(x).max() / calibrate.BINS
+    assert scales["layer.0.context.p_scale"] == 1 / 127
+
+
+def test_the_percentile_has_a_default() -> None:
+    ranges = observe()
+    given = calibrate.scales(ranges, Recipe(calibrator="percentile", percentile=99.99))
+    assert calibrate.scales(ranges, Recipe(calibrator="percentile")) == given
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "entropy"])
+def test_a_calibrator_that_is_not_built_is_refused(calibrator: str) -> None:
+    with pytest.raises(SampError, match=f"unknown_calibrator: {calibrator}; allowed: minmax, perc"):
+        calibrate.scales(observe(), Recipe(calibrator=calibrator))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([50.0, 90.0, 99.0, 99.9, 99.99, 100.0]),
+    st.floats(0.1, 6.0),
+    st.integers(0, 2**32 - 1),
+)
+def test_percentile_against_numpy(count: int, percent: float, tail: float, seed: int) -> None:
+    x = np.abs(np.random.default_rng(seed).standard_normal(count)) ** tail + 1e-9
+    amax = float(x.max())
+    histogram, _ = np.histogram(x, bins=calibrate.BINS, range=(0, amax))
+    got = calibrate.percentile(histogram, amax, percent)
+    # Where the share falls on a value, floating point decides between it and the next.
+    place = count * percent / 100
+    low, high = (np.sort(x)[min(int(np.ceil(place + e)), count) - 1] for e in (-1e-6, 1e-6))
+    assert low - 1e-9 * amax <= got <= high + (1 + 1e-6) * amax / calibrate.BINS
+    numpy = float(np.percentile(x, percent, method="inverted_cdf"))
+    assert numpy in (low, high)
+    assert got <= amax * (1 + 1e-12)
+    if percent == 100.0:
+        assert got == amax
+
+
+def test_percentile_of_nothing() -> None:
+    assert calibrate.percentile(np.zeros(calibrate.BINS, np.int64), 3.0, 99.0) == 3.0
