@@ -28,7 +28,7 @@ class TierSpec(_Strict):
     """
 
     drop: Annotated[float, Field(gt=0, le=100)] | None = None
-    latency: Annotated[float, Field(gt=0)] | None = None
+    latency: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class DataSpec(_Strict):
@@ -165,7 +165,7 @@ def parse_tier(text: str) -> tuple[str, TierSpec]:
         key, _, value = part.partition("=")
         unit = {"drop": "pt", "latency": "ms"}.get(key)
         try:
-            if unit is None:
+            if unit is None or key in fields:
                 raise ValueError
             fields[key] = float(value.removesuffix(unit))
         except ValueError:
