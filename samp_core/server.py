@@ -294,7 +294,9 @@ class Server:
         return SampError(code, f"model {model}: {rest}", "", f"the whole log is in {self.log}")
 
     def _log_text(self) -> str:
-        return self.log.read_text(errors="replace")
+        with contextlib.suppress(OSError):  # a log that someone removed hides no error
+            return self.log.read_text(errors="replace")
+        return ""
 
 
 def serve_forever(server: Server, ready: Callable[[], None] | None = None) -> None:
