@@ -137,6 +137,9 @@ class Backend(Protocol):
     ran: tuple[str, ...]
     """The precision of the kernel that the last gemm called (attention: scores, context)."""
 
+    # A backend may have `token_bucket(tokens) -> rows`: how many rows it rounds a flat run up to.
+    # Rows beyond cu_seqlens[-1] belong to no sequence; attention writes zeros there.
+
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
         """(op, precision, activation scale "static" | "token" | "") triples that really run.
 

@@ -84,6 +84,12 @@ class OneDnnBackend:
         # Without VNNI u8 x s8 products saturate in 16 bits: accuracy collapses without a word.
         return frozenset(base | {("gemm", "int8", "static")} if has_vnni() else base)
 
+    def token_bucket(self, tokens: int) -> int:
+        """oneDNN compiles a GEMM for every number of rows that it meets, a millisecond or more a
+        layer's four, and keeps 1,024 of them: rounded up, few are met and all are kept."""
+        step = 1 if tokens <= 64 else 16 if tokens <= 512 else 64
+        return -(-tokens // step) * step
+
     def array(self, x: Array) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
@@ -211,6 +217,8 @@ class OneDnnBackend:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
             pieces.append(y.transpose(1, 2).reshape(count * length, hidden))
             begin = end
+        if begin < qkv.shape[0]:
+            pieces.append(qkv.new_zeros(qkv.shape[0] - begin, hidden))
         context = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return self.quantize(context, out)
 
@@ -235,7 +243,7 @@ class OneDnnBackend:
             return x[torch.from_numpy(cu_seqlens[:-1].astype(np.int64))]
         lengths = torch.from_numpy(np.diff(cu_seqlens).astype(np.int64))
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        sums = torch.zeros(len(lengths), x.shape[1]).index_add_(0, sequence, x)
+        sums = torch.zeros(len(lengths), x.shape[1]).index_add_(0, sequence, x[: len(sequence)])
         return sums / lengths[:, None]
 
     def to_host(self, x: Any) -> Array:

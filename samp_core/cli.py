@@ -156,10 +156,12 @@ def serve(
         if as_json:
             _print_json(server.ready_line())
             return
-        names = ", ".join(name for name in server.models if "_" in name and "encoder_" not in name)
+        parts = ("tokenizer_", "encoder_", "head_")
+        names = ", ".join(name for name in server.models if not name.startswith(parts))
         show.out.print(
             f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
-            f"metrics http://{server.metrics}/metrics  (pid {server.pid}; {names})"
+            f"metrics http://{server.metrics}/metrics  pid {server.pid}\ntiers: {names}",
+            soft_wrap=True,
         )
 
     serve_forever(server, ready)

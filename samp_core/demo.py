@@ -153,7 +153,7 @@ def table(report: Mapping[str, Any], texts: int, served: Facts, load: Facts) -> 
         rows,
     )
     for warning in report["warnings"]:
-        show.out.print(f"note: {warning}", markup=False)
+        show.out.print(f"note: {warning}", markup=False, soft_wrap=True)
 
 
 def print_next(folder: Path) -> None:
@@ -167,6 +167,7 @@ Try next (. .venv/bin/activate):
   samp loadtest --tier fast=3,exact=1 --users 16 --seconds 20
   samp build --model YOUR_CHECKPOINT --data YOUR_ROWS.jsonl --tier fast:drop=1pt""",
         markup=False,
+        soft_wrap=True,
     )
 
 

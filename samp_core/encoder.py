@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,7 @@ class LoopSession:
         self._packs = {} if packs is None else packs
         self._config = config
         self._executed: dict[str, str] = {}
+        self._token_bucket = getattr(backend, "token_bucket", None)
         self._fuse_residual = ("gemm", "residual", "") in backend.capabilities()
         array = backend.array
         self._tables = EmbeddingTables(
@@ -234,6 +235,9 @@ class LoopSession:
         self._executed.clear()
         batch, order = sort_by_length(batch)
         backend = self._backend
+        tokens = batch.tokens
+        if observer is None and self._token_bucket is not None:
+            batch = round_up(batch, self._token_bucket(tokens))
         timed = _timer(timings)
         see = observer if observer is not None else _ignore
         cu = batch.cu_seqlens
@@ -287,6 +291,8 @@ class LoopSession:
             residual, x = self._block(timed, layer.ffn_out, h, residual, layer.output_ln, feed)
         if output == "mean":
             residual = backend.pool(residual, cu, "mean")
+        elif output == "tokens":
+            residual = residual[:tokens]
         return restore_order(backend.to_host(residual).astype(np.float32), cu, order, output)
 
     def _run_gemm(
@@ -343,6 +349,18 @@ def sort_by_length(batch: Batch) -> tuple[Batch, Array | None]:
         ),
         order,
     )
+
+
+def round_up(batch: Batch, tokens: int) -> Batch:
+    """The same sequences with rows of id 0 behind them, which belong to none and are never read."""
+    extra = tokens - batch.tokens
+    if extra <= 0:
+        return batch
+    ids, types, positions = (
+        np.concatenate([x, np.zeros(extra, x.dtype)])
+        for x in (batch.ids, batch.types, batch.positions)
+    )
+    return replace(batch, ids=ids, types=types, positions=positions)
 
 
 def restore_order(y: F32, cu_seqlens: Array, order: Array | None, output: OutputKind) -> F32:

@@ -88,7 +88,7 @@ def build_table(report: Mapping[str, Any]) -> None:
         rows,
     )
     for warning in report["warnings"]:
-        out.print(f"note: {warning}")
+        out.print(f"note: {warning}", soft_wrap=True, markup=False)
     kept = report["cache"]
     out.print(f"{report['seconds']:.0f} s; cache: {kept['hits']} found, {kept['misses']} made")
 
@@ -118,7 +118,7 @@ def ab_table(result: Mapping[str, Any]) -> None:
             f"difference {result['difference']['value'] * 100:.2f} points [{low:.2f}, {high:.2f}]; "
             f"McNemar b={m['b']} c={m['c']} p={m['p']:.3g}"
         )
-    out.print(f"verdict: {result['verdict']} ({result['reason']})")
+    out.print(f"verdict: {result['verdict']} ({result['reason']})", soft_wrap=True)
 
 
 def _side(result: Mapping[str, Any], arm: str) -> str:
