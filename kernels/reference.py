@@ -113,7 +113,7 @@ class ReferenceBackend:
         tokens, width = qkv.shape
         hidden = width // 3
         dim = hidden // heads
-        result = np.empty((tokens, hidden))
+        result = np.zeros((tokens, hidden))
         for begin, end in itertools.pairwise(cu_seqlens):
             length = int(end - begin)
             q, k, v = qkv[begin:end].reshape(length, 3, heads, dim).transpose(1, 2, 0, 3)

@@ -252,7 +252,8 @@ def tier_files(
             "tests": tests,
         },
     )
-    return TierFiles(plan, export_weights(bench.checkpoint.tensors, plan, bench.quantized))
+    weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
+    return TierFiles(plan, weights, choice.spec.drop)
 
 
 def write(

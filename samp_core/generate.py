@@ -65,7 +65,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
                 plan = _with_scales(config, bench, plan)
             bench.session(plan)  # refuses now what a server would refuse at load
             weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
-            tiers[name] = TierFiles(plan, weights)
+            promise = dict(plan.search.get("wish", {})).get("drop")
+            tiers[name] = TierFiles(plan, weights, promise)
         record = {"generated_from": {name: str(path) for name, path in config.plans.items()}}
         step = progress("write the model repository", 1)
         default = build.default_tier or ("balanced" if "balanced" in tiers else "exact")

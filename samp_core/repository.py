@@ -157,7 +157,7 @@ def write_build(
             served_head,
             model=model,
             tier=name,
-            promise=dict(tier.plan.search.get("wish", {})).get("drop"),
+            promise=tier.promise,
         )
         (models / ensemble.name / "1").mkdir(parents=True)
         (models / ensemble.name / "config.pbtxt").write_text(ensemble.to_pbtxt(), encoding="utf-8")
