@@ -23,6 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "numpy", "transformers", "tokenizers", "grpcio", "tritonclient")
 # Above this share of the CPU in other hands the figures mean nothing.
 BUSY = 0.15
+# The same over a whole run; a system's own background stays well below.
+OTHERS = 0.05
 
 
 def busy_share(seconds: float = 3.0) -> float:
@@ -39,6 +41,34 @@ def require_quiet(force: bool) -> float:
             "or --force (the result then says so)"
         )
     return share
+
+
+class Bystanders:
+    """How much of the machine went to anybody else while our processes were measured."""
+
+    def __init__(self, pids: Sequence[int]) -> None:
+        """`pids` and all that they started are ours, and this process too."""
+        self._pids = (os.getpid(), *pids)
+        self._begun = time.monotonic()
+        self._at_start = _busy_seconds(), self._own_seconds()
+
+    def share(self) -> float:
+        """Share of all cores in other hands since the start."""
+        busy = _busy_seconds() - self._at_start[0]
+        own = self._own_seconds() - self._at_start[1]
+        cores = os.cpu_count() or 1
+        return max(0.0, busy - own) / (cores * (time.monotonic() - self._begun))
+
+    def _own_seconds(self) -> float:
+        roots = [psutil.Process(pid) for pid in self._pids]
+        family = {process for root in roots for process in (root, *root.children(recursive=True))}
+        return sum(sum(process.cpu_times()[:2]) for process in family)
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all cores have spent on anything so far; stolen time counts as busy."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -53,8 +53,8 @@ def write_repository(
 
 
 @contextlib.contextmanager
-def serve(folder: Path, log: Path) -> Iterator[str]:
-    """The gRPC address of a Triton on `folder`, with the surroundings that ours gets."""
+def serve(folder: Path, log: Path) -> Iterator[tuple[str, int]]:
+    """gRPC address and pid of a Triton on `folder`, with the surroundings that ours gets."""
     triton = find_triton()
     regions = Regions.claim(cache_folder() / "run")
     http, grpc, metrics = choose_ports(HOST, (0, 0, 0))
@@ -83,7 +83,7 @@ def serve(folder: Path, log: Path) -> Iterator[str]:
         )
     try:
         wait_ready(process, f"{HOST}:{http}", log)
-        yield f"{HOST}:{grpc}"
+        yield f"{HOST}:{grpc}", process.pid
     finally:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

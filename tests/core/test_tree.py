@@ -265,3 +265,23 @@ def test_the_server_knows_every_option_of_the_container() -> None:
     assert command[0] == "tritonserver"
     assert len(options) == len(command) - 1
     assert options <= known
+
+
+def test_this_python_passes_the_makefiles_check() -> None:
+    script = ROOT / "deploy" / "check_python.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False
+    )
+    if sys.version_info[:2] in ((3, 11), (3, 12)):
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert "allowed: 3.11 or 3.12" in done.stderr
+
+
+def test_ci_is_a_valid_script() -> None:
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert "set -euo pipefail" in script.read_text()
+    targets = re.findall(r"^step \w+ make ([a-z-]+)$", script.read_text(), re.M)
+    assert targets == ["venv", "lint", "test", "demo"]
