@@ -84,8 +84,8 @@ class Dequantizing(OneDnnBackend):
         return super().gemm(x, packed, bias, **how)
 
 
-class Silent(OneDnnBackend):
-    """Does not say what its gemm ran; the attention before it did."""
+class SilentGemm(OneDnnBackend):
+    """Does not say what its gemm ran; the op before it did."""
 
     def gemm(self, *args: Any, **how: Any) -> Any:
         before = self.ran
@@ -94,17 +94,39 @@ class Silent(OneDnnBackend):
         return y
 
 
-@pytest.mark.parametrize(("kind", "ran"), [(Dequantizing, "fp32"), (Silent, "unknown")])
+class SilentAttention(OneDnnBackend):
+    """The same of attention."""
+
+    def attention(self, *args: Any, **how: Any) -> Any:
+        before = self.ran
+        y = super().attention(*args, **how)
+        self.ran = before
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "sites", "ran"),
+    [
+        (Dequantizing, GEMM_SITES, "fp32"),
+        (SilentGemm, GEMM_SITES, "unknown"),
+        (SilentAttention, ("scores", "context"), "unknown"),
+    ],
+)
 def test_a_backend_that_runs_something_else_is_seen(
-    kind: type[OneDnnBackend], ran: str, checkpoint: Checkpoint, scaled: Plan
+    kind: type[OneDnnBackend],
+    sites: tuple[str, ...],
+    ran: str,
+    checkpoint: Checkpoint,
+    scaled: Plan,
 ) -> None:
     needs("onednn", "int8")
-    plan = mode(scaled, "onednn", "full", 1)
+    plan = mode(scaled, "onednn", "full", 2)
     session = prepare(kind(), checkpoint.config, export_weights(checkpoint.tensors, plan), plan)
     session.run(batch_of())
-    for site in plan.quantized_sites():
-        assert session.executed()[site] == ran
-    with pytest.raises(SampError, match=f"wrong_kernel: layer.0.qkv ran in {ran}"):
+    wrong = {s for s, p in session.executed().items() if p != plan.precision(s)}
+    assert wrong == {f"layer.{layer}.{site}" for layer in range(2) for site in sites}
+    assert {session.executed()[site] for site in wrong} == {ran}
+    with pytest.raises(SampError, match=f"wrong_kernel: layer.0.{sites[0]} ran in {ran}"):
         Workbench._check_executed(None, session, plan)  # type: ignore[arg-type]
 
 
