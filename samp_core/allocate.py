@@ -141,7 +141,6 @@ def decay_aware(plans: Sequence[Candidate], alpha: float = 0.05) -> Candidate:
         return first
     chord = accuracy[0] + (accuracy[-1] - accuracy[0]) * gained / span
     above = accuracy - chord
-    above[gained <= 0.0] = -np.inf
     best = int(np.argmax(above))
     return plans[best] if above[best] > 1e-12 else last
 

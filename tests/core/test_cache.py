@@ -140,17 +140,18 @@ def test_a_failed_make_leaves_nothing(tmp_path: Path) -> None:
     assert store.json("kind", {}, Maker(1)) == 1
 
 
+@pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_entry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Cache(tmp_path)
     store.json("kind", {}, Maker("old"))
     before = entry(tmp_path).read_bytes()
 
-    def full(descriptor: int) -> None:
+    def full(*args: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, step, full)
     entry(tmp_path).write_bytes(flip(before))
     with pytest.raises(OSError, match="no space"):
         store.json("kind", {}, Maker("new"))
