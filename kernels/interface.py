@@ -238,7 +238,7 @@ class Session(Protocol):
     def close(self) -> None: ...
 
 
-def check_gemm(x: Any, weight: tuple[int, int], bias: Any, act: str | None, residual: Any) -> None:
+def check_gemm(x: Any, weight: tuple[int, ...], bias: Any, act: str | None, residual: Any) -> None:
     """The operands of one gemm against its weight `[out, in]`. Raises KernelError."""
     outputs, inputs = weight
     if len(x.shape) != 2 or x.shape[1] != inputs:

@@ -53,7 +53,7 @@ class PackedInt8:
     data: torch.Tensor
     scale: torch.Tensor
     zero_points: torch.Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class PackedFloat:
     """oneDNN's blocked fp32 weight."""
 
     data: torch.Tensor
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 class OneDnnBackend:
@@ -240,7 +240,8 @@ class OneDnnBackend:
 
     def pool(self, x: Any, cu_seqlens: Array, how: Literal["first", "mean"]) -> torch.Tensor:
         if how == "first":
-            return x[torch.from_numpy(cu_seqlens[:-1].astype(np.int64))]
+            rows: torch.Tensor = x[torch.from_numpy(cu_seqlens[:-1].astype(np.int64))]
+            return rows
         lengths = torch.from_numpy(np.diff(cu_seqlens).astype(np.int64))
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         sums = torch.zeros(len(lengths), x.shape[1]).index_add_(0, sequence, x[: len(sequence)])

@@ -152,7 +152,9 @@ class ReferenceBackend:
         if how == "first":
             return np.asarray(x[cu_seqlens[:-1]])
         lengths = np.diff(cu_seqlens)
-        return np.asarray(np.add.reduceat(x, cu_seqlens[:-1], axis=0) / lengths[:, None])
+        return np.asarray(
+            np.add.reduceat(x[: cu_seqlens[-1]], cu_seqlens[:-1], axis=0) / lengths[:, None]
+        )
 
     def to_host(self, x: Any) -> Array:
         return np.asarray(x)

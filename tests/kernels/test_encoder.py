@@ -193,17 +193,23 @@ def test_per_token_scales_run_on_the_reference(checkpoint: Checkpoint, scaled: P
 @every_backend
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("lengths", [LENGTHS, (31, 9, 20, 1, 17)], ids=["few", "rounded up"])
 def test_alone_equals_in_a_batch(
-    name: str, precision: str, output: OutputKind, checkpoint: Checkpoint, scaled: Plan
+    name: str,
+    precision: str,
+    output: OutputKind,
+    lengths: tuple[int, ...],
+    checkpoint: Checkpoint,
+    scaled: Plan,
 ) -> None:
     needs(name, precision)
     sites = quantizable_sites(backend(name))
     plan = scaled if precision == "fp32" else quantize_sites(scaled, all_sites(scaled, sites))
     session = open_session(checkpoint, plan, name)
-    ids, types = texts()
+    ids, types = texts(lengths)
     together = session.run(pack_batch(ids, types), output=output)
     if output == "tokens":
-        parts = np.split(together, np.cumsum(LENGTHS)[:-1])
+        parts = np.split(together, np.cumsum(lengths)[:-1])
     else:
         parts = list(together[:, None])
     for i, part in enumerate(parts):

@@ -360,6 +360,22 @@ def test_pool(name: str, counts: list[int], width: int, seed: int) -> None:
     check(name, b.pool(b.array(x), cu(counts), "mean"), np.stack([p.mean(axis=0) for p in pieces]))
 
 
+@every_backend
+def test_rows_behind_the_last_sequence(name: str) -> None:
+    """They belong to no sequence: attention writes zeros there, no pool reads them."""
+    b = backend(name)
+    counts, bounds = [3, 2], cu([3, 2])
+    qkv = normal(np.random.default_rng(4), 8, 3 * 64)
+    qkv[5:] = np.nan
+    y = b.to_host(b.attention(b.array(qkv), bounds, 3, 2, out=Out()))
+    check(name, y[:5], attention64(qkv[:5], bounds, 2))
+    assert not y[5:].any()
+    x = qkv[:, :64].copy()
+    for how in ("first", "mean"):
+        alone = b.to_host(b.pool(b.array(x[: sum(counts)]), bounds, how))
+        assert np.array_equal(b.to_host(b.pool(b.array(x), bounds, how)), alone)
+
+
 # batches
 
 
