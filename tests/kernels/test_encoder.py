@@ -193,7 +193,9 @@ def test_per_token_scales_run_on_the_reference(checkpoint: Checkpoint, scaled: P
 @every_backend
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("lengths", [LENGTHS, (31, 9, 20, 1, 17)], ids=["few", "rounded up"])
+@pytest.mark.parametrize(
+    "lengths", [LENGTHS, (31, 9, 20, 1, 17), (9, 31, 31)], ids=["few", "rounded up", "and sorted"]
+)
 def test_alone_equals_in_a_batch(
     name: str,
     precision: str,
@@ -236,6 +238,22 @@ def test_the_order_of_rows_is_irrelevant(
     plain, shuffled = rows(list(range(len(LENGTHS)))), rows(order)
     for place, i in enumerate(order):
         assert np.abs(shuffled[place] - plain[i]).max() <= ALONE[name, "fp32"]
+
+
+def test_equal_lengths_share_one_attention(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session(checkpoint, float_plan(checkpoint), "onednn")
+    calls: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(q: Any, *args: Any, **how: Any) -> Any:
+        calls.append(q.shape[0])
+        return attend(q, *args, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    session.run(batch_of([7, 3, 7, 3, 7]))
+    assert calls == [2, 3] * 2
 
 
 @settings(max_examples=60, deadline=None)
