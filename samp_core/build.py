@@ -24,7 +24,7 @@ from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
 from samp_core.text import TextEncoder
-from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose
+from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, recheck
 from samp_core.workbench import (
     Progress,
     Split,
@@ -67,6 +67,10 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         choices = {"exact": exact, **choices}
         served = {choice.plan: plans[choice.plan] for choice in choices.values()}
         latencies = bench.latencies(served, search, "measure the chosen plans again")
+        choices = {
+            name: recheck(choice, latencies[choice.plan][SINGLE])
+            for name, choice in choices.items()
+        }
         measured = {
             name: correct.measured(choice.plan, latencies[choice.plan])
             for name, choice in choices.items()
@@ -74,7 +78,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         for choice in choices.values():
             warnings += choice.warnings
         tiers = {
-            name: tier_files(config, bench, plans, choice, measured, splits)
+            name: tier_files(config, bench, plans, choice, measured, candidates, splits)
             for name, choice in choices.items()
         }
         record = {
@@ -227,9 +231,14 @@ def tier_files(
     plans: Mapping[str, Plan],
     choice: Choice,
     measured: Mapping[str, Measured],
+    candidates: Mapping[str, Candidate],
     splits: Splits,
 ) -> TierFiles:
-    """The plan with its provenance, and the portable weights under it."""
+    """The plan with its provenance, and the portable weights under it.
+
+    `modelled` is the latency that the choice was made with, `measured` the one after it. No budget
+    stops this strategy: it tries every mode.
+    """
     facts = measured[choice.tier]
     tests = [
         {"plan": name, **asdict(test), "passed": bool(test.passed)} for name, test in choice.tests
@@ -238,6 +247,7 @@ def tier_files(
         search={
             "strategy": "samp",
             "seed": config.seed,
+            "budget_s": None,
             "wish": choice.spec.model_dump(),
             "splits": {k: {"n": s.n, "sha256": s.sha256} for k, s in named_splits(splits).items()},
         },
@@ -251,6 +261,7 @@ def tier_files(
             "alpha": config.alpha,
             "tests": tests,
         },
+        modelled={"latency_ms": {SINGLE: candidates[choice.plan].latency_ms}},
     )
     weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
     return TierFiles(plan, weights, choice.spec.drop)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ from samp_core.errors import SampError, UsageError
 if TYPE_CHECKING:
     from samp_client import Client
 
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Fine-tuned BERT checkpoints in, measured mixed-precision tiers out, served by Triton.",
@@ -57,7 +59,13 @@ def build(
     from samp_core.build import build as run
     from samp_core.config import load_config, parse_tier
 
-    tiers = dict(parse_tier(text) for text in tier) if tier else None
+    tiers = None
+    if tier:
+        named = [parse_tier(text) for text in tier]
+        tiers = dict(named)
+        if len(tiers) < len(named):
+            given = " ".join(f"--tier {text}" for text in tier)
+            raise UsageError("bad_tier", given, "each name once", "rename one of them")
     rows = {"data": data, "exclude": exclude} if data is not None else None
     if exclude is not None and data is None:
         raise UsageError("bad_config", "--exclude without --data", "both", "use the YAML's data")
@@ -140,7 +148,7 @@ def serve(
 
     chosen = tiers.split(",") if tiers else None
     if not as_json:
-        show.err.print("starting Triton ...")
+        show.err.print("  starting Triton ...")
     server = Server.start(
         folder,
         tiers=chosen,
@@ -184,10 +192,11 @@ def predict(
 ) -> None:
     """Ask a running server. One line a text; with --json one object a line."""
     failed = 0
+    given = _texts(texts, file)
     with _connect(url, http, name, timeout) as client:
         chosen = tier or _default_tier(client)
         client.describe(chosen)
-        for start, chunk in _chunks(_texts(texts, file), 512):
+        for start, chunk in _chunks(given, 512):
             for outcome in client.outcomes(chunk, chosen):
                 index, text = start + outcome.index, chunk[outcome.index]
                 answer, error = outcome.prediction, outcome.error
@@ -309,7 +318,8 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _interrupt)
     as_json = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
+        # Commands return nothing: a number is the code of a typer.Exit, or 130 after Ctrl-C.
+        code = app(standalone_mode=False) or 0
     except (SampError, ClientError) as error:
         if as_json:
             print(json.dumps(error.to_json(), ensure_ascii=False))
@@ -318,14 +328,23 @@ def main() -> NoReturn:
         raise SystemExit(getattr(error, "exit_code", 1)) from None
     except _usage_errors() as error:
         _usage(error, as_json)
-    except typer.Exit as done:
-        raise SystemExit(done.exit_code) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("samp: stopped; what was measured is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+        code = INTERRUPTED
     except BrokenPipeError:
         raise SystemExit(1) from None
-    raise SystemExit(0)
+    except OSError as error:  # a full disk, a folder that may not be read
+        failed = SampError(
+            "system", f"{error.filename or 'samp'}: {error.strerror or error}", "", "mend it there"
+        )
+        print(
+            json.dumps(failed.to_json()) if as_json else f"samp: {failed}",
+            file=sys.stdout if as_json else sys.stderr,
+        )
+        raise SystemExit(1) from None
+    if code == INTERRUPTED:
+        kept = "; what was measured is kept" if "build" in sys.argv[1:2] else ""
+        print(f"samp: stopped{kept}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:
@@ -344,6 +363,8 @@ def _usage(error: Any, as_json: bool) -> NoReturn:
     message = error.format_message()
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "samp"
+    if not message:  # no command at all: its help is on stdout already
+        raise SystemExit(2)
     problem = UsageError("usage", message, "", f"see {command} --help")
     if as_json:
         print(json.dumps(problem.to_json()))
@@ -378,17 +399,24 @@ def _default_tier(client: Client) -> str:
 
 
 def _texts(texts: list[str] | None, file: Path | None) -> Iterator[str]:
+    """The texts of the arguments, the file or standard input; mistakes are found at once."""
     if texts and file is not None:
         raise UsageError("usage", "texts and --in", "one of them", "drop one")
     if file is not None:
         from samp_core.data import read_rows
 
-        yield from read_rows(file, labelled=False).texts
-    elif texts:
-        yield from texts
-    else:
-        for line in sys.stdin:
-            yield line.rstrip("\n")
+        return iter(read_rows(file, labelled=False).texts)
+    # Bytes that are no UTF-8 arrive in arguments as lone surrogates.
+    return _utf8(map(os.fsencode, texts), "text") if texts else _utf8(sys.stdin.buffer, "line")
+
+
+def _utf8(values: Iterable[bytes], kind: str) -> Iterator[str]:
+    for place, value in enumerate(values, start=1):
+        try:
+            yield value.decode().rstrip("\r\n" if kind == "line" else "")
+        except UnicodeDecodeError as error:
+            given = f"{kind} {place}: byte {value[error.start]:#04x} is not UTF-8"
+            raise UsageError("data_encoding", given, "UTF-8", "convert it") from None
 
 
 def _chunks(values: Iterator[str], size: int) -> Iterator[tuple[int, list[str]]]:

@@ -153,8 +153,16 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
         given = f"{place}: {first['msg'].removeprefix('Value error, ')}"
         if first["type"] != "value_error" and not isinstance(first["input"], dict):
             given += f" (got {first['input']!r})"
-        allowed = ", ".join(BuildConfig.model_fields)
+        allowed = ", ".join(_part(first["loc"]).model_fields)
         raise UsageError("bad_config", given, f"fields {allowed}", "correct the field") from None
+
+
+def _part(place: tuple[int | str, ...]) -> type[_Strict]:
+    """The part of the configuration that holds the field at this place."""
+    parts: dict[int | str, type[_Strict]] = {"data": DataSpec, "rows": RowCounts}
+    if len(place) > 2 and place[0] == "tiers":
+        return TierSpec
+    return parts.get(place[0], BuildConfig) if len(place) > 1 else BuildConfig
 
 
 def parse_tier(text: str) -> tuple[str, TierSpec]:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from samp_kernels.interface import KernelError
+
 from samp_core import cache, calibrate
 from samp_core.build import open_workbench, read_splits, write
 from samp_core.config import BuildConfig
+from samp_core.encoder import check_plan
 from samp_core.errors import SampError, UsageError
 from samp_core.plan import QUANTIZED, Plan
 from samp_core.quantize import export_weights
@@ -45,9 +48,12 @@ def read_plans(values: list[str]) -> dict[str, Path]:
 
 
 def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, Any]:
-    """Write the repository of these plans; `exact` is added if no plan has that name."""
-    build = config.build
+    """Write the repository of these plans; `exact` is added if no plan has that name.
+
+    They are tried on the backend that they name, all on the same.
+    """
     plans = {name: _read(path) for name, path in config.plans.items()}
+    build = config.build.model_copy(update={"backend": _backend(config, plans)})
     check_names(build.name, [*plans, *({"exact"} - set(plans))], build.default_tier or "exact")
     with build_lock(build.folder):
         cache.clean(build.folder / "cache")
@@ -57,16 +63,24 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
             if plan.model_sha256 != bench.checkpoint.sha256:
                 raise SampError(
                     "plan_mismatch",
-                    f"{config.plans[name]} was made for checkpoint {plan.model_sha256[:12]}",
+                    f"{config.plans[name]} was made for checkpoint {str(plan.model_sha256)[:12]}",
                     f"plans for {build.model}, {bench.checkpoint.sha256[:12]}",
                     "give that checkpoint as --model, or run samp build for this one",
                 )
             if plan.quantized_sites() and not plan.scales:
-                plan = _with_scales(config, bench, plan)
-            bench.session(plan)  # refuses now what a server would refuse at load
+                plan = _with_scales(config, bench, name, plan)
+            try:
+                check_plan(bench.backend, bench.checkpoint.config, plan)
+                bench.session(plan)  # refuses now what a server would refuse at load
+            except KernelError as error:
+                raise SampError(
+                    "unsupported_plan",
+                    f"{config.plans[name]}: {error.op}: {error.got}",
+                    error.allowed,
+                    "edit the plan, or name another backend in it",
+                ) from None
             weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
-            promise = dict(plan.search.get("wish", {})).get("drop")
-            tiers[name] = TierFiles(plan, weights, promise)
+            tiers[name] = TierFiles(plan, weights, _promise(plan))
         record = {"generated_from": {name: str(path) for name, path in config.plans.items()}}
         step = progress("write the model repository", 1)
         default = build.default_tier or ("balanced" if "balanced" in tiers else "exact")
@@ -76,6 +90,30 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
         "repository": str(build.folder),
         "tiers": [{"name": name, "plan": files.plan.summary()} for name, files in tiers.items()],
     }
+
+
+def _backend(config: GenerateConfig, plans: Mapping[str, Plan]) -> str:
+    """The one backend that all plans name. Raises UsageError, also for an exact that is not."""
+    named = {str(plan.backend): config.plans[name] for name, plan in plans.items()}
+    if len(named) > 1:
+        given = ", ".join(f"{file}: {backend}" for backend, file in named.items())
+        raise UsageError("bad_plan", given, "plans of one backend", "generate them apart")
+    exact = plans.get("exact")
+    if exact is not None and any(entry.precision != "fp32" for entry in exact.sites.values()):
+        raise UsageError(
+            "bad_plan",
+            f"{config.plans['exact']}: {exact.summary()}",
+            "fp32 everywhere in a tier named exact",
+            "give the tier another name: --plan NAME=FILE",
+        )
+    return next(iter(named), config.build.backend)
+
+
+def _promise(plan: Plan) -> float | None:
+    """The largest drop in points that the plan was built for, where it says so."""
+    wish = plan.search.get("wish") if isinstance(plan.search, dict) else None
+    drop = wish.get("drop") if isinstance(wish, dict) else None
+    return float(drop) if isinstance(drop, (int, float)) else None
 
 
 def _read(path: Path) -> Plan:
@@ -89,11 +127,11 @@ def _read(path: Path) -> Plan:
         raise UsageError("bad_plan", f"{path} is not text", "a plan.json", "check it") from None
 
 
-def _with_scales(config: GenerateConfig, bench: Workbench, plan: Plan) -> Plan:
+def _with_scales(config: GenerateConfig, bench: Workbench, name: str, plan: Plan) -> Plan:
     if not config.has_data:
         raise UsageError(
             "no_scale",
-            "a plan quantizes sites and carries no scales",
+            f"{config.plans[name]} quantizes sites and carries no scales",
             "plans with scales, as samp build writes them",
             "give --data, so that the scales are calibrated",
         )

@@ -43,12 +43,13 @@ def progress(enabled: bool = True) -> Iterator[Progress]:
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, wide enough for its cells where stdout is no terminal."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(header_style="bold")
     for index, heading in enumerate(headings):
         made.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index == 0)
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
     console = out if out.is_terminal else Console(highlight=False, width=170)
+    console.print(title, style="italic", markup=False, soft_wrap=True)
     console.print(made)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from samp_kernels.interface import Array
@@ -101,6 +101,18 @@ def choose(
     ]
     best = min(recommended, key=lambda c: c.latency_ms)
     return Choice(tier, spec, best.name, (), True)
+
+
+def recheck(choice: Choice, latency_ms: float) -> Choice:
+    """The choice after its plan was measured again: above its ceiling it is not met."""
+    ceiling = choice.spec.latency
+    if ceiling is None or not choice.met or latency_ms <= ceiling:
+        return choice
+    note = (
+        f"tier {choice.tier}: {choice.plan} was under {ceiling:g} ms in the search and takes "
+        f"{latency_ms:.2f} ms when measured again"
+    )
+    return replace(choice, met=False, warnings=(*choice.warnings, note))
 
 
 def _by_drop(
