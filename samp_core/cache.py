@@ -98,7 +98,16 @@ def code_sha256() -> str:
     kernels = Path(str(samp_kernels.__file__)).parent
     core = Path(str(samp_core.__file__)).parent
     files = [*sorted(kernels.rglob("*.py"))]
-    names = ("calibrate", "checkpoint", "encoder", "latency", "quantize", "text")
+    names = (
+        "calibrate",
+        "checkpoint",
+        "encoder",
+        "latency",
+        "pipeline",
+        "plan",
+        "quantize",
+        "text",
+    )
     files += [core / f"{name}.py" for name in names]
     files += sorted((core / "heads").glob("*.py"))
     for file in files:
