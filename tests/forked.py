@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import atexit
 import functools
+import importlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -147,26 +149,15 @@ def wait_for(what: Callable[[], bool], seconds: float) -> bool:
 
 def _serve() -> None:
     """Fork a command for each line of stdin; say its pid at once and its exit code at the end."""
-    import samp_client.errors
-    import torch
-    import yaml
-
-    import samp_core.build
-    import samp_core.cli
-    import samp_core.generate
-    import samp_core.show
-
-    assert torch.is_tensor and yaml.safe_load and samp_client.errors.ClientError
-    assert samp_core.build and samp_core.generate and samp_core.show
+    heavy = ("torch", "yaml", "scipy.special", "samp_client", "samp_core.build", "samp_core.cli")
+    for name in (*heavy, "samp_core.generate", "samp_core.show", "samp_core.server"):
+        importlib.import_module(name)
     children: dict[int, str] = {}
     buffer = b""
-    signal.set_wakeup_fd(-1)
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    import select
-
     while True:
         ready = select.select([0, reading], [], [])[0]
         if reading in ready:
