@@ -15,7 +15,7 @@ import typer
 from samp_core.errors import SampError, UsageError
 
 if TYPE_CHECKING:
-    from samp_client import Client
+    from samp_client import Client, ClientError
 
 INTERRUPTED = 130
 
@@ -321,11 +321,7 @@ def main() -> NoReturn:
         # Commands return nothing: a number is the code of a typer.Exit, or 130 after Ctrl-C.
         code = app(standalone_mode=False) or 0
     except (SampError, ClientError) as error:
-        if as_json:
-            print(json.dumps(error.to_json(), ensure_ascii=False))
-        else:
-            print(f"samp: {error}", file=sys.stderr)
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
+        _fail(error, as_json)
     except _usage_errors() as error:
         _usage(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
@@ -333,18 +329,20 @@ def main() -> NoReturn:
     except BrokenPipeError:
         raise SystemExit(1) from None
     except OSError as error:  # a full disk, a folder that may not be read
-        failed = SampError(
-            "system", f"{error.filename or 'samp'}: {error.strerror or error}", "", "mend it there"
-        )
-        print(
-            json.dumps(failed.to_json()) if as_json else f"samp: {failed}",
-            file=sys.stdout if as_json else sys.stderr,
-        )
-        raise SystemExit(1) from None
+        given = f"{error.filename or 'samp'}: {error.strerror or error}"
+        _fail(SampError("system", given, "", "mend it there"), as_json)
     if code == INTERRUPTED:
         kept = "; what was measured is kept" if "build" in sys.argv[1:2] else ""
         print(f"samp: stopped{kept}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def _fail(error: SampError | ClientError, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps(error.to_json(), ensure_ascii=False))
+    else:
+        print(f"samp: {error}", file=sys.stderr)
+    raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:

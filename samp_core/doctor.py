@@ -78,7 +78,9 @@ def examine() -> list[Check]:
         check_shm(),
         check_disk(Path.cwd()),
         check_gpu(),
-        _optional("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "the GPU backend", "gpu"),
+        _optional(
+            "cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "the coming CUDA backend", "gpu"
+        ),
         check_compiler(),
         _optional("locust", ("locust",), "`samp loadtest`", "loadtest"),
     ]
@@ -215,7 +217,7 @@ def check_compiler() -> Check:
         path = shutil.which(name)
         if path is not None:
             return Check("compiler", True, path)
-    return Check("compiler", True, "absent", "apt-get install g++: native CPU kernels")
+    return Check("compiler", True, "absent", "apt-get install g++: the coming native CPU kernels")
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
