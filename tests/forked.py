@@ -7,6 +7,7 @@ A start with torch costs two seconds and more; the fork costs milliseconds, and 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -56,7 +57,10 @@ class Running:
         return (self.folder / "err").read_text(errors="replace")
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)
+        """Send a signal; a command that has ended already is left alone."""
+        if not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def wait(self, timeout: float = 120.0) -> Done:
         if not self.ended.wait(timeout):
@@ -93,6 +97,8 @@ class Forks:
         folder = Path(self._folder.name, str(self._count))
         folder.mkdir()
         (folder / "in").write_bytes(stdin)
+        for name in ("out", "err"):
+            (folder / name).touch()
         order = {
             "folder": str(folder),
             "args": [str(arg) for arg in args],

@@ -337,6 +337,28 @@ def test_a_ceiling_that_nothing_meets(planted: Built) -> None:
     assert "no plan is under 10 ms; the nearest, full(3), takes 40.00 ms" in note
 
 
+def test_a_plan_that_is_slower_when_measured_again(planted: Built, tmp_path: Path) -> None:
+    """The search's latencies stay; those at the end are made to say otherwise."""
+    out = tmp_path / "out"
+    shutil.copytree(planted.out, out, symlinks=True)
+    kept = {path: path.read_bytes() for path in (out / "cache").glob("latency-*")}
+    (search,) = (path for path, body in kept.items() if len(json.loads(body[32:])) == len(MS))
+    set_latencies(out, {name: ms + 15 for name, ms in MS.items()})
+    search.write_bytes(kept[search])
+    yaml = small().yaml(tmp_path / "b.yaml", out=str(out), tiers=WISHES)
+    done = forks().samp("build", "-c", yaml, "--json")
+    assert done.code == 1
+    assert done.json["forwards"] == 0
+    again = Built(out, done, planted.config)
+    assert again.tier("under")["latency_ms"]["1"] == 55
+    assert again.tier("under")["met"] is False
+    note = "tier under: full(3) was under 50 ms in the search and takes 55.00 ms"
+    assert any(w.startswith(note) for w in done.json["warnings"])
+    plan = again.plan("under")
+    assert plan["modelled"]["latency_ms"] == {"1": 40}
+    assert plan["measured"]["latency_ms"]["1"] == 55
+
+
 def test_without_a_wish_the_decay_decides(planted: Built) -> None:
     """Worked out here again from the accuracies: the farthest above the chord, or no loss."""
     found = {c["name"]: c for c in planted.record["candidates"]}
