@@ -201,6 +201,26 @@ def test_exact_is_transformers_own_answer(first: Built) -> None:
     np.testing.assert_allclose(served.logits(texts), np.stack(expected), rtol=0, atol=1e-4)
 
 
+def test_scales_come_from_the_calibration_rows(planted: Built) -> None:
+    """The first site's input is the embeddings' output; minmax takes its largest magnitude."""
+    import torch
+    import transformers
+
+    model = transformers.BertModel.from_pretrained(small().checkpoint).eval()
+    served = pipeline.load(planted.out, "exact")
+    largest = {}
+    for name, rows in vars(planted.splits()).items():
+        if name in ("calibration", "search"):
+            with torch.no_grad():
+                largest[name] = max(
+                    float(model.embeddings(torch.tensor([e.ids.tolist()])).abs().max())
+                    for e in served.text.encode(rows.texts)
+                )
+    scale = planted.plan("under")["scales"]["layer.0.qkv.input_scale"]
+    assert scale == pytest.approx(largest["calibration"] / 127, rel=1e-4)
+    assert scale != pytest.approx(largest["search"] / 127, rel=1e-4)
+
+
 def test_provenance(planted: Built) -> None:
     checkpoint = load_checkpoint(small().checkpoint)
     for name in planted.config.tiers:
