@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["TierFiles", "activate", "build_lock", "read_manifest", "verify", "write_build"]
 
 PARTIAL = ".partial"
+KEPT = 3  # the current build and two to go back to
 _DTYPES = {"BYTES": "STRING", "FP32": "FP32", "INT32": "INT32", "BOOL": "BOOL"}
 NAME = re.compile(r"[a-z0-9-]+")
 
@@ -182,6 +183,7 @@ def write_build(
     (partial / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     folder = _place(partial, manifest, json.dumps(dict(build), indent=1, ensure_ascii=False) + "\n")
     activate(out, folder)
+    prune(out)
     return folder
 
 
@@ -200,6 +202,21 @@ def activate(out: Path, build: Path) -> None:
     link.symlink_to(build.relative_to(out), target_is_directory=True)
     link.replace(out / "current")
     _fsync(out)
+
+
+def prune(out: Path, keep: int = KEPT) -> None:
+    """Delete all but the `keep` builds that were made current last; a killed one is swept later."""
+
+    def activated(build: Path) -> float:
+        return max((p.stat().st_mtime for p in build.glob("models/*/config.pbtxt")), default=0.0)
+
+    current = (out / "current").resolve()
+    builds = [p for p in (out / "builds").iterdir() if p.is_dir() and p.suffix != PARTIAL]
+    older = sorted((p for p in builds if p != current), key=activated, reverse=True)
+    for build in older[keep - 1 :]:
+        doomed = build.with_name(f"old-{build.name}{PARTIAL}")
+        build.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def check_names(model: str, tiers: Mapping[str, Any] | Sequence[str], default_tier: str) -> None:

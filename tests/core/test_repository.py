@@ -93,6 +93,22 @@ def test_activation_makes_every_config_newer(tmp_path: Path) -> None:
     assert (tmp_path / "current").resolve() == first
 
 
+def test_the_last_builds_are_kept_to_go_back_to(tmp_path: Path) -> None:
+    first = write_tiny(tmp_path, seed=1)
+    second, third = write_tiny(tmp_path, seed=2), write_tiny(tmp_path, seed=3)
+    assert {p.name for p in (tmp_path / "builds").iterdir()} == {
+        build.name for build in (first, second, third)
+    }
+    activate(tmp_path, first)
+    fourth = write_tiny(tmp_path, seed=4)
+    kept = {p.name for p in (tmp_path / "builds").iterdir()}
+    assert kept == {first.name, third.name, fourth.name}
+    assert (tmp_path / "current").resolve() == fourth
+    for build in (first, third, fourth):
+        activate(tmp_path, build)
+        verify(read_manifest(tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["flipped byte", "truncated", "removed"])
 @pytest.mark.parametrize("name", ["weights.safetensors", "plan.json"])
 def test_damage_names_model_and_file(tmp_path: Path, name: str, damage: str) -> None:
