@@ -196,7 +196,8 @@ def predict(
     with _connect(url, http, name, timeout) as client:
         chosen = tier or _default_tier(client)
         client.describe(chosen)
-        for start, chunk in _chunks(given, 512):
+        typed = not texts and file is None and sys.stdin.isatty()
+        for start, chunk in _chunks(given, 1 if typed else 512):
             for outcome in client.outcomes(chunk, chosen):
                 index, text = start + outcome.index, chunk[outcome.index]
                 answer, error = outcome.prediction, outcome.error
