@@ -184,6 +184,9 @@ def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
         value = getattr(recipe, key)
         if value not in allowed:
             raise _bad(source, f"{name}: {key} {value!r}", ", ".join(allowed))
+    percent = recipe.percentile
+    if percent is not None and (type(percent) not in (int, float) or not 50 < percent <= 100):
+        raise _bad(source, f"{name}: percentile {percent!r}", "a number above 50, at most 100")
     return SitePlan(precision, recipe)
 
 

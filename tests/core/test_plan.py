@@ -172,6 +172,14 @@ BAD: dict[str, tuple[str, str]] = {
     ),
     "a weight": (body(**site(recipe={"weight": "row"})), "weight 'row'; allowed: channel, tensor"),
     "an activation": (body(**site(recipe={"activation": []})), r"activation \[\]; allowed: static"),
+    "a percentile of text": (
+        body(**site(recipe={"calibrator": "percentile", "percentile": "x"})),
+        "percentile 'x'; allowed: a number above 50",
+    ),
+    "a percentile of NaN": (
+        body(**site(recipe={"calibrator": "percentile", "percentile": float("nan")})),
+        "percentile nan; allowed: a number above 50",
+    ),
     "a calibrator": (body(**site(recipe={"calibrator": "max"})), "calibrator 'max'; .*minmax"),
     "scales is a list": (body(scales=[1]), "scales is a list"),
     "a scale of 0": (body(scales={"a": 0}), "scale a = 0; allowed: a finite number above 0"),
