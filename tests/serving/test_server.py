@@ -223,8 +223,13 @@ def test_kill_9_of_everything_is_swept_up_by_the_next_start(tiny_out: Path, serv
     while _group(line["pid"]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert _regions(line["prefix"]), "nothing was left, so that this test shows nothing"
-    sweep(embedded.cache_folder() / "run")
-    assert _gone(line["pid"], line["prefix"], within_s=1)
+    # A process of many threads shows as dead when its first one is, and holds the lock until the
+    # last one is: a start in that moment leaves the regions to the start after it.
+    swept = False
+    while not swept and time.monotonic() < deadline + 5:
+        sweep(embedded.cache_folder() / "run")
+        swept = _gone(line["pid"], line["prefix"], within_s=0.2)
+    assert swept
 
 
 def test_a_sweep_leaves_living_servers_alone(running: Server) -> None:
