@@ -84,7 +84,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         record = {
             "config": config.model_dump(mode="json"),
             "candidates": [asdict(c) for c in candidates.values()],
-            "splits": {k: {"n": s.n, "sha256": s.sha256} for k, s in named_splits(splits).items()},
+            "splits": split_facts(splits),
             "warnings": warnings,
         }
         step = progress("write the model repository", 1)
@@ -155,12 +155,14 @@ def read_splits(config: BuildConfig, warnings: list[str]) -> Splits:
     return splits
 
 
-def named_splits(splits: Splits) -> dict[str, Any]:
-    return {
+def split_facts(splits: Splits) -> dict[str, dict[str, Any]]:
+    """Size and hash of each split, as plan.json and build.json hold them."""
+    named = {
         "calibration": splits.calibration,
         "search": splits.search,
         "verification": splits.verification,
     }
+    return {name: {"n": rows.n, "sha256": rows.sha256} for name, rows in named.items()}
 
 
 def plan_modes(
@@ -249,7 +251,7 @@ def tier_files(
             "seed": config.seed,
             "budget_s": None,
             "wish": choice.spec.model_dump(),
-            "splits": {k: {"n": s.n, "sha256": s.sha256} for k, s in named_splits(splits).items()},
+            "splits": split_facts(splits),
         },
         measured={
             "latency_ms": dict(facts.latency_ms),

@@ -29,7 +29,6 @@ def observe(
     batches: Sequence[Batch],
     output: OutputKind,
     to_host: Callable[[Any], Array],
-    heads: int,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Array]:
     """Ranges of every GEMM's input, and of q, k and v of every layer, over these batches.

@@ -31,7 +31,7 @@ class Pipeline:
     def logits(self, texts: Sequence[str]) -> F32:
         """[texts, C]"""
         encodings = self.text.encode(texts, offsets=False)
-        return run_logits(self.session, self.head, self.weights, encodings)
+        return run_logits(self.session, self.head, self.weights, batches(encodings))
 
     def predict(self, texts: Sequence[str]) -> dict[str, Array]:
         """The head's outputs, as the server gives them."""
@@ -84,17 +84,18 @@ def run_logits(
     session: Session,
     head: heads.Head,
     weights: Mapping[str, Array],
-    encodings: Sequence[Encoding],
+    packed: Sequence[tuple[Batch, Array]],
     progress: Callable[[], None] = lambda: None,
 ) -> F32:
-    """[texts, C], in the order given."""
+    """[texts, C] of what `batches` packed, in the order of its texts."""
     rows: list[F32] = []
     places: list[Array] = []
-    for batch, group in batches(encodings):
+    for batch, group in packed:
         feature = session.run(batch, output=head.encoder_output)
         rows.append(head.logits(weights, feature))
         places.append(group)
         progress()
-    result = np.empty((len(encodings), rows[0].shape[1]), dtype=np.float32)
-    result[np.concatenate(places)] = np.concatenate(rows)
+    logits = np.concatenate(rows)
+    result = np.empty_like(logits)
+    result[np.concatenate(places)] = logits
     return result

@@ -108,8 +108,7 @@ class Workbench:
             packed = [batch for batch, _ in batches(split.encodings)]
             step = self.progress("calibrate: activation ranges", 2 * len(packed))
             output = self.head.encoder_output
-            to_host, count = self.backend.to_host, self.checkpoint.config.heads
-            return calibrate.observe(session, packed, output, to_host, count, step)
+            return calibrate.observe(session, packed, output, self.backend.to_host, step)
 
         return self.cache.arrays("ranges", self._key(plan, split), make)
 
@@ -117,9 +116,10 @@ class Workbench:
         """[rows, C] of a plan over a split."""
 
         def make() -> dict[str, Array]:
-            step = self.progress(title, len(batches(split.encodings)))
+            packed = batches(split.encodings)
+            step = self.progress(title, len(packed))
             session = self.session(plan)
-            made = run_logits(session, self.head, self.head_weights, split.encodings, step)
+            made = run_logits(session, self.head, self.head_weights, packed, step)
             self._check_executed(session, plan)
             if not np.isfinite(made).all():
                 raise SampError(

@@ -106,8 +106,7 @@ def scaled_plan(checkpoint: Checkpoint, recipe: Recipe | None = None) -> Plan:
     session = prepare(reference, checkpoint.config, checkpoint.tensors, plan)
     assert isinstance(session, LoopSession)
     batches = [batch_of(seed=seed) for seed in range(3)]
-    heads = checkpoint.config.heads
-    ranges = calibrate.observe(session, batches, "tokens", reference.to_host, heads)
+    ranges = calibrate.observe(session, batches, "tokens", reference.to_host)
     return replace(plan, scales=calibrate.scales(ranges, recipe or Recipe()))
 
 

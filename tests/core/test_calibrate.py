@@ -38,7 +38,7 @@ BATCHES = [batch_of([3, 9, 1], 0), batch_of([5], 1), batch_of([7, 7], 2)]
 
 
 def observe(weights: dict[str, Array] | None = None, output: Any = "tokens") -> dict[str, Array]:
-    return calibrate.observe(session(weights), BATCHES, output, np.asarray, CONFIG.heads)
+    return calibrate.observe(session(weights), BATCHES, output, np.asarray)
 
 
 def activations(output: Any) -> dict[str, Array]:
@@ -80,9 +80,7 @@ def test_ranges_are_those_of_the_activations(output: str) -> None:
 
 def test_two_passes_a_batch_and_progress() -> None:
     steps: list[int] = []
-    calibrate.observe(
-        session(), BATCHES, "first", np.asarray, CONFIG.heads, lambda: steps.append(1)
-    )
+    calibrate.observe(session(), BATCHES, "first", np.asarray, lambda: steps.append(1))
     assert len(steps) == 2 * len(BATCHES)
 
 

@@ -140,6 +140,5 @@ def _scales(
     batches = [pack_batch([e.ids for e in part], [e.types for e in part]) for part in parts]
     session = encoder.prepare(backend, checkpoint.config, checkpoint.tensors, plan)
     assert isinstance(session, encoder.LoopSession)
-    heads_count = checkpoint.config.heads
-    ranges = calibrate.observe(session, batches, "first", backend.to_host, heads_count)
+    ranges = calibrate.observe(session, batches, "first", backend.to_host)
     return calibrate.scales(ranges, Recipe())
