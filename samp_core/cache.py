@@ -103,6 +103,7 @@ def code_sha256() -> str:
         "checkpoint",
         "encoder",
         "latency",
+        "order",
         "pipeline",
         "plan",
         "quantize",

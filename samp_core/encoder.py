@@ -31,6 +31,7 @@ from samp_kernels.interface import (
 )
 
 from samp_core.errors import SampError
+from samp_core.order import restore_order, round_up, sort_by_length
 from samp_core.plan import Plan
 
 BACKENDS = ("onednn", "reference")
@@ -40,6 +41,20 @@ Observer = Callable[[str, Any], None]
 
 FORWARDS = 0
 """Encoder passes of this process: a build that finds everything cached must add none."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """Where a pass stood before one of its layers; `LoopSession.run_from` goes on from there.
+
+    hidden: the float [T, H] that the layer reads, as the backend holds it; batch, order: as sorted.
+    """
+
+    layer: int
+    hidden: Any
+    batch: Batch
+    order: Array | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -171,6 +186,23 @@ class LoopSession:
         """A pass in which `observer` sees the float input of every site. Float plans only."""
         return self._pass(batch, output, observer=observer)
 
+    def layer_inputs(self, batch: Batch) -> list[LayerInput]:
+        """One pass, and what each layer read in it: where another plan can go on."""
+        kept: list[LayerInput] = []
+        self._pass(batch, "tokens", kept=kept)
+        return kept
+
+    def run_from(self, start: LayerInput, output: OutputKind = "first") -> F32:
+        """`run` from a layer on, with what another plan of this model computed before it.
+
+        The same as a whole pass if both plans are the same in the layers before it.
+        """
+        global FORWARDS
+        FORWARDS += 1
+        self._executed.clear()
+        x = self._backend.quantize(start.hidden, self._layers[start.layer].qkv.input)
+        return self._from_layer(start, start.hidden, x, output)
+
     def profile(self, batch: Batch, output: OutputKind = "first") -> list[tuple[str, str, float]]:
         timings: list[tuple[str, str, float]] = []
         self._pass(batch, output, timings=timings)
@@ -229,6 +261,7 @@ class LoopSession:
         output: OutputKind,
         observer: Observer | None = None,
         timings: list[tuple[str, str, float]] | None = None,
+        kept: list[LayerInput] | None = None,
     ) -> F32:
         global FORWARDS
         FORWARDS += 1
@@ -239,8 +272,6 @@ class LoopSession:
         if observer is None and self._token_bucket is not None:
             batch = round_up(batch, self._token_bucket(tokens))
         timed = _timer(timings)
-        see = observer if observer is not None else _ignore
-        cu = batch.cu_seqlens
         residual, x = timed(
             "embed_layernorm",
             "embeddings",
@@ -253,7 +284,30 @@ class LoopSession:
                 self._layers[0].qkv.input,
             ),
         )
+        start = LayerInput(0, residual, batch, order, tokens)
+        return self._from_layer(start, residual, x, output, observer, timed, kept)
+
+    def _from_layer(
+        self,
+        start: LayerInput,
+        residual: Any,
+        x: Any,
+        output: OutputKind,
+        observer: Observer | None = None,
+        timed: Callable[..., Any] | None = None,
+        kept: list[LayerInput] | None = None,
+    ) -> F32:
+        """The layers from `start` on; x is the residual as the first of them wants it."""
+        backend = self._backend
+        timed = timed or _timer(None)
+        see = observer if observer is not None else _ignore
+        batch = start.batch
+        cu = batch.cu_seqlens
         for index, layer in enumerate(self._layers):
+            if index < start.layer:
+                continue
+            if kept is not None:
+                kept.append(replace(start, layer=index, hidden=residual))
             last = index + 1 == len(self._layers)
             see(layer.qkv.name, x)
             qkv = self._run_gemm(timed, layer.qkv, x, Out())
@@ -292,8 +346,9 @@ class LoopSession:
         if output == "mean":
             residual = backend.pool(residual, cu, "mean")
         elif output == "tokens":
-            residual = residual[:tokens]
-        return restore_order(backend.to_host(residual).astype(np.float32), cu, order, output)
+            residual = residual[: start.tokens]
+        y = backend.to_host(residual).astype(np.float32)
+        return restore_order(y, cu, start.order, output)
 
     def _run_gemm(
         self, timed: Any, site: _Gemm, x: Any, out: Out, *, act: Any = None, residual: Any = None
@@ -326,55 +381,6 @@ class LoopSession:
     def _record(self, site: str, part: int) -> None:
         ran = self._backend.ran
         self._executed[site] = ran[part] if ran else "unknown"
-
-
-def sort_by_length(batch: Batch) -> tuple[Batch, Array | None]:
-    """The same sequences, equal lengths side by side; `order` gives each one's old place."""
-    lengths = np.diff(batch.cu_seqlens)
-    if len(lengths) == 1 or bool((lengths[1:] >= lengths[:-1]).all()):
-        return batch, None
-    order = np.argsort(lengths, kind="stable")
-    rows = np.concatenate(
-        [np.arange(batch.cu_seqlens[i], batch.cu_seqlens[i + 1]) for i in order.tolist()]
-    )
-    cu_seqlens = np.zeros_like(batch.cu_seqlens)
-    np.cumsum(lengths[order], out=cu_seqlens[1:])
-    return (
-        Batch(
-            batch.ids[rows],
-            batch.types[rows],
-            batch.positions[rows],
-            cu_seqlens,
-            batch.max_seqlen,
-        ),
-        order,
-    )
-
-
-def round_up(batch: Batch, tokens: int) -> Batch:
-    """The same sequences with rows of id 0 behind them, which belong to none and are never read."""
-    extra = tokens - batch.tokens
-    if extra <= 0:
-        return batch
-    ids, types, positions = (
-        np.concatenate([x, np.zeros(extra, x.dtype)])
-        for x in (batch.ids, batch.types, batch.positions)
-    )
-    return replace(batch, ids=ids, types=types, positions=positions)
-
-
-def restore_order(y: F32, cu_seqlens: Array, order: Array | None, output: OutputKind) -> F32:
-    """Undo sort_by_length on pooled rows [B, H] or on tokens [T, H]."""
-    if order is None:
-        return y
-    if output != "tokens":
-        restored = np.empty_like(y)
-        restored[order] = y
-        return restored
-    pieces: list[F32] = [y[:0]] * len(order)
-    for place, old in enumerate(order.tolist()):
-        pieces[old] = y[cu_seqlens[place] : cu_seqlens[place + 1]]
-    return np.concatenate(pieces)
 
 
 def save_encoder(folder: Path, config: EncoderConfig, plan: Plan) -> None:

@@ -41,11 +41,10 @@ from samp_core.encoder import (
     load_session,
     prepare,
     quantizable_sites,
-    restore_order,
     save_encoder,
-    sort_by_length,
 )
 from samp_core.errors import SampError
+from samp_core.order import restore_order, sort_by_length
 from samp_core.plan import Plan, Recipe, SitePlan, mode_plan
 from samp_core.quantize import export_weights
 
@@ -329,6 +328,32 @@ def test_profile_names_every_op(name: str, checkpoint: Checkpoint) -> None:
         ),
     ]
     assert all(0.0 < seconds < 1.0 for _, _, seconds in timings)
+
+
+@every_backend
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pass_goes_on_from_a_layer(
+    name: str, output: OutputKind, layer: int, checkpoint: Checkpoint, scaled: Plan
+) -> None:
+    """Float before the layer, int8 from it on: bit for bit what a whole pass computes."""
+    needs(name, "int8")
+    kinds = quantizable_sites(backend(name))
+    plan = quantize_sites(scaled, [f"layer.{layer}.{kind}" for kind in kinds])
+    whole = open_session(checkpoint, plan, name)
+    batch = batch_of()
+    starts = open_session(checkpoint, float_plan(checkpoint, name), name).layer_inputs(batch)
+    assert [start.layer for start in starts] == [0, 1]
+    before = encoder.FORWARDS
+    expected = whole.run(batch, output=output)
+    got = whole.run_from(starts[layer], output)
+    assert before + 2 == encoder.FORWARDS
+    np.testing.assert_array_equal(got, expected)
+    ran = whole.executed()
+    assert {site.split(".")[1] for site in ran} == set(map(str, range(layer, 2)))
+    assert ran[f"layer.{layer}.ffn_in"] == "int8"
+    other = open_session(checkpoint, float_plan(checkpoint, name), name)
+    assert not np.array_equal(other.run_from(starts[layer], output), got)
 
 
 def test_passes_are_counted(checkpoint: Checkpoint) -> None:

@@ -7,7 +7,7 @@ import pytest
 from samp_kernels.interface import Batch, pack_batch
 from samp_kernels.onednn import OneDnnBackend
 
-from samp_core.encoder import round_up
+from samp_core.order import round_up
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 80, 81, 512, 513, 4096])
