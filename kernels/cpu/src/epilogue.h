@@ -1,0 +1,83 @@
+// The one chain behind every GEMM: scale, outlier side product, bias, activation, residual, and the
+// output as float, u8 or both. A tile of accumulators is spilled to L1 first: the micro-kernels then
+// know nothing of epilogues, and the out-of-order core overlaps this with the next tile's loads.
+
+constexpr int NV = 2;         // vectors of one panel
+constexpr int PANEL = NV * W;  // columns of one packed panel
+
+template <int ACT>
+SAMP_INLINE vf activate(vf y) {
+  if (ACT == (int)Act::gelu) return gelu(y);
+  if (ACT == (int)Act::gelu_tanh) return gelu_tanh(y);
+  if (ACT == (int)Act::tanh) return tanh_(y);
+  if (ACT == (int)Act::relu) return vmax(y, vf{});
+  return y;
+}
+
+SAMP_INLINE vf as_float(const int32_t* p) { return to_float(loadi(p)); }
+SAMP_INLINE vf as_float(const float* p) { return load(p); }
+
+// `tile` [rows][ld_tile] of T = int32 sums or float sums; columns [col, col + columns) of row `row` on.
+template <int ACT, bool WHOLE, typename T>
+SAMP_INLINE void finish_rows(const Epilogue& e, const T* tile, int ld_tile, long row, int rows,
+                             long col, int n) {
+  const bool scaled = e.col_scale != nullptr;
+  const vf scale = !scaled ? set1(1.0f) : WHOLE ? load(e.col_scale + col) : load_n(e.col_scale + col, n);
+  const vf bias = WHOLE ? load(e.bias + col) : load_n(e.bias + col, n);
+  vf inv = set1(e.inv_scale);
+  if (e.inv_scale_col) inv = WHOLE ? load(e.inv_scale_col + col) : load_n(e.inv_scale_col + col, n);
+  for (int r = 0; r < rows; ++r) {
+    vf y = as_float(tile + (long)r * ld_tile);
+    if (scaled) {
+      const vf s = e.row_scale ? scale * set1(e.row_scale[row + r]) : scale;
+      y = fma(y, s, bias);
+    } else {
+      y = y + bias;
+    }
+    if (e.side_k) {
+      const float* x = e.side_x + (row + r) * e.ld_side;
+      const long width = e.side_width;
+      for (long j = 0; j < e.side_k; ++j) {
+        const float* w = e.side_w + j * width + col;
+        y = fma(set1(x[e.side_index[j]]), WHOLE ? load(w) : load_n(w, n), y);
+      }
+    }
+    y = activate<ACT>(y);
+    if (e.residual) {
+      const float* p = e.residual + (row + r) * e.ld_residual + col;
+      y = y + (WHOLE ? load(p) : load_n(p, n));
+    }
+    if (e.out_f) {
+      float* p = e.out_f + (row + r) * e.ld_f + col;
+      if (WHOLE)
+        store(p, y);
+      else
+        store_n(p, y, n);
+    }
+    if (e.out_q) store_u8(e.out_q + (row + r) * e.ld_q + col, y * inv, WHOLE ? W : n);
+  }
+}
+
+template <int ACT, typename T>
+static void finish_act(const Epilogue& e, const T* tile, int ld_tile, long row, int rows, long col,
+                       long n) {
+  for (int v = 0; v < ld_tile / W; ++v) {
+    const long c = col + v * W;
+    if (c + W <= n)
+      finish_rows<ACT, true>(e, tile + v * W, ld_tile, row, rows, c, W);
+    else if (c < n)
+      finish_rows<ACT, false>(e, tile + v * W, ld_tile, row, rows, c, (int)(n - c));
+  }
+}
+
+template <typename T>
+static void finish(const Epilogue& e, const T* tile, int ld_tile, long row, int rows, long col,
+                   long n) {
+  switch (e.act) {
+    case Act::gelu: return finish_act<(int)Act::gelu>(e, tile, ld_tile, row, rows, col, n);
+    case Act::gelu_tanh: return finish_act<(int)Act::gelu_tanh>(e, tile, ld_tile, row, rows, col, n);
+    case Act::tanh: return finish_act<(int)Act::tanh>(e, tile, ld_tile, row, rows, col, n);
+    case Act::relu: return finish_act<(int)Act::relu>(e, tile, ld_tile, row, rows, col, n);
+    default: return finish_act<(int)Act::none>(e, tile, ld_tile, row, rows, col, n);
+  }
+}

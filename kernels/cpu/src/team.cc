@@ -1,0 +1,124 @@
+#include "team.h"
+
+#include <chrono>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace samp {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins briefly, then offers the core to whoever else wants it.
+class Backoff {
+ public:
+  void wait() {
+    if (++turns_ < 512)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+
+ private:
+  int turns_ = 0;
+};
+
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+}  // namespace
+
+Team::Team(int threads) {
+  for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::serve, this, i);
+}
+
+Team::~Team() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_.store(true);
+    epoch_.fetch_add(1);
+  }
+  wake_.notify_all();
+  for (auto& worker : workers_) worker.join();
+}
+
+void Team::run(const std::vector<int>& tasks, Work work, void* context) {
+  if (tasks.size() > capacity_) {
+    capacity_ = tasks.size() * 2;
+    slots_.reset(new Slot[capacity_]);
+  }
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    slots_[i].next.store(0, std::memory_order_relaxed);
+    slots_[i].done.store(0, std::memory_order_relaxed);
+  }
+  tasks_ = &tasks;
+  work_ = work;
+  context_ = context;
+  if (workers_.empty()) {
+    walk(0);
+    return;
+  }
+  open_.store(true);
+  epoch_.fetch_add(1);
+  if (sleepers_.load() > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  walk(0);
+  // A worker that comes late finds the pass closed; one that is inside is waited for.
+  open_.store(false);
+  Backoff backoff;
+  while (inside_.load() > 0) backoff.wait();
+}
+
+void Team::walk(int thread) {
+  const std::vector<int>& tasks = *tasks_;
+  for (size_t phase = 0; phase < tasks.size(); ++phase) {
+    Slot& slot = slots_[phase];
+    const int total = tasks[phase];
+    int finished = 0;
+    while (slot.next.load(std::memory_order_relaxed) < total) {
+      const int task = slot.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= total) break;
+      work_(context_, static_cast<int>(phase), task, thread);
+      ++finished;
+    }
+    if (finished) slot.done.fetch_add(finished, std::memory_order_acq_rel);
+    Backoff backoff;
+    while (slot.done.load(std::memory_order_acquire) < total) backoff.wait();
+  }
+}
+
+void Team::serve(int thread) {
+  unsigned seen = 0;
+  for (;;) {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    bool fresh = false;
+    do {
+      for (int i = 0; i < 64 && !fresh; ++i) {
+        fresh = epoch_.load(std::memory_order_acquire) != seen;
+        if (!fresh) pause();
+      }
+    } while (!fresh && std::chrono::steady_clock::now() < until);
+    if (!fresh) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return epoch_.load() != seen; });
+      sleepers_.fetch_sub(1);
+    }
+    seen = epoch_.load();
+    if (stop_.load()) return;
+    inside_.fetch_add(1);
+    if (open_.load()) walk(thread);
+    inside_.fetch_sub(1);
+  }
+}
+
+}  // namespace samp
