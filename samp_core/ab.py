@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from samp_core import evaluate
-from samp_core.data import Rows, read_rows
+from samp_core.data import Rows, Text, read_rows
 from samp_core.errors import SampError
 
 ALPHA = 0.05
@@ -50,7 +50,7 @@ class Client(Protocol):
     def describe(self, tier: str) -> Tier: ...
     def compare(
         self,
-        texts: Sequence[str | bytes],
+        texts: Sequence[Any],
         control: str,
         candidate: str,
         *,
@@ -130,7 +130,7 @@ def compare(
 
 def report(
     records: Iterable[Record],
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     control: str,
     candidate: str,
@@ -258,7 +258,7 @@ def _latency(records: Sequence[Record], seed: int) -> dict[str, Any]:
     }
 
 
-def _difference(pair: _Pair, texts: Sequence[str], gold: Sequence[str] | None) -> dict[str, Any]:
+def _difference(pair: _Pair, texts: Sequence[Text], gold: Sequence[str] | None) -> dict[str, Any]:
     return {
         "id": pair.control.id,
         "text": texts[pair.index],
@@ -268,7 +268,7 @@ def _difference(pair: _Pair, texts: Sequence[str], gold: Sequence[str] | None) -
     }
 
 
-def _check_gold(gold: Sequence[str] | None, texts: Sequence[str], classes: Sequence[str]) -> None:
+def _check_gold(gold: Sequence[str] | None, texts: Sequence[Text], classes: Sequence[str]) -> None:
     if gold is None:
         return
     if len(gold) != len(texts):

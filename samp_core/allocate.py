@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from samp_kernels.interface import Array
 
-from samp_core.evaluate import drop_upper_bound, tango_interval
+from samp_core.evaluate import drop_upper_bound, expected_bound, expected_floor, tango_interval
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Candidate:
 
     b: texts that float gets right and the plan wrong; c: the reverse; n: texts. expected_b and
     expected_c: the same by `expected_changes`, which few texts blur less. latency_ms: one text of
-    median length.
+    median length. `accuracy` is the task's metric; where it is none of right and wrong texts,
+    `lost` is its drop, with `noise` and `worst` as in evaluate.expected_bound.
     """
 
     name: str
@@ -32,14 +33,25 @@ class Candidate:
     n: int
     expected_b: float
     expected_c: float
+    lost: float | None = None
+    noise: float = 0.0
+    worst: float = 0.0
 
     @property
     def drop(self) -> float:
-        return (self.b - self.c) / self.n
+        return (self.b - self.c) / self.n if self.lost is None else self.lost
+
+    def lower_drop(self, alpha: float) -> float:
+        """Lower end of the one-sided interval of the drop."""
+        if self.lost is None:
+            return tango_interval(self.b, self.c, self.n, 1.0 - alpha).low
+        return expected_floor(self.lost, self.noise, self.n, alpha)
 
 
 def predicted_bound(candidate: Candidate, n: int, alpha: float = 0.05) -> float:
     """The drop bound to expect on n fresh texts if the search split's rates are the true ones."""
+    if candidate.lost is not None:
+        return expected_bound(candidate.lost, candidate.noise, candidate.worst, n, alpha)
     scale = n / candidate.n
     b = round(candidate.expected_b * scale)
     c = round(min(candidate.expected_c, candidate.expected_b) * scale)
@@ -131,8 +143,7 @@ def decay_aware(plans: Sequence[Candidate], alpha: float = 0.05) -> Candidate:
     whole drop is within noise the fastest plan is taken, if nothing lies above the chord mode(L).
     """
     first, last = plans[0], plans[-1]
-    low, _ = tango_interval(last.b, last.c, last.n, 1.0 - alpha)
-    if low <= 0.0:
+    if last.lower_drop(alpha) <= 0.0:
         return min(plans, key=lambda c: c.latency_ms)
     accuracy = falling([c.accuracy for c in plans])
     gained = np.array([first.latency_ms - c.latency_ms for c in plans])

@@ -11,14 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from samp_core import allocate, cache, calibrate, evaluate, heads
+from samp_core import cache, calibrate, heads, metrics, tasks
 from samp_core.allocate import Candidate
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
-from samp_core.errors import SampError
 from samp_core.latency import SINGLE
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
@@ -30,7 +27,6 @@ from samp_core.workbench import (
     Split,
     Workbench,
     forwards,
-    kl_divergence,
     recipes,
     silent,
     versions,
@@ -55,11 +51,12 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         bench = open_workbench(config, progress)
         warnings: list[str] = []
         splits = read_splits(config, warnings)
+        metric = metrics.of(bench.task.gold, bench.checkpoint.labels)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
         plans = plan_modes(config, bench, calibration, search)
-        candidates = measure_modes(config, bench, plans, search)
-        correct = Verifier(bench, plans, verification, config.alpha)
+        candidates = measure_modes(config, bench, plans, search, metric)
+        correct = Verifier(bench, plans, verification, config.alpha, metric)
         choices = {
             name: choose(name, spec, candidates, correct) for name, spec in config.tiers.items()
         }
@@ -78,7 +75,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         for choice in choices.values():
             warnings += choice.warnings
         tiers = {
-            name: tier_files(config, bench, plans, choice, measured, candidates, splits)
+            name: tier_files(config, bench, plans, choice, measured, candidates, splits, metric)
             for name, choice in choices.items()
         }
         record = {
@@ -91,7 +88,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         folder = write(config, bench, tiers, record)
         step()
         rows = [
-            tier_row(config, choice, tiers[name], measured, folder)
+            tier_row(config, choice, tiers[name], measured, folder, metric)
             for name, choice in choices.items()
         ]
         bench.close()
@@ -109,10 +106,17 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
 def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
     """The checkpoint, its tokenizer and head, checked before anything long begins."""
     checkpoint = load_checkpoint(config.model)
-    head = heads.register(config.head) if config.head else heads.get(config.task)
+    task = tasks.get(config.task)
+    head = heads.register(config.head) if config.head else heads.get(task.head)
+    if head.encoder_tensors is not None:
+        extra = head.encoder_tensors(checkpoint.state, checkpoint.hf_config)
+        checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **extra})
+    text = TextEncoder.load(config.model, config.max_length)
+    if head.encoder_output == "tokens":
+        text = text.with_windows(config.stride, config.windows)
     return Workbench(
         checkpoint=checkpoint,
-        text=TextEncoder.load(config.model, config.max_length),
+        text=text,
         head=head,
         head_weights=head.export(checkpoint.state, checkpoint.hf_config),
         cache=cache.Cache(config.folder / "cache"),
@@ -120,27 +124,28 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         backend_name=config.backend,
         threads=config.threads,
         progress=progress,
+        task=task,
     )
 
 
 def read_splits(config: BuildConfig, warnings: list[str]) -> Splits:
     """The three splits, disjoint, without the rows that trained the checkpoint."""
-    spec = config.data
-    exclude = read_rows(spec.exclude, labelled=False) if spec.exclude else None
+    spec, task = config.data, tasks.get(config.task)
+    exclude = read_rows(spec.exclude, labelled=False, task=task) if spec.exclude else None
     sizes = config.rows
     if spec.data is not None:
-        rows = read_rows(spec.data)
+        rows = read_rows(spec.data, task=task)
         splits = split_rows(
             rows, sizes.calibration, sizes.search, seed=config.seed, exclude=exclude
         )
     else:
         assert spec.search is not None
         assert spec.verification is not None
-        first = read_rows(spec.calibration or spec.search)
+        first = read_rows(spec.calibration or spec.search, task=task)
         splits = combine_splits(
             first,
-            read_rows(spec.search) if spec.calibration else None,
-            read_rows(spec.verification),
+            read_rows(spec.search, task=task) if spec.calibration else None,
+            read_rows(spec.verification, task=task),
             exclude,
             calibration_size=sizes.calibration,
             search_size=sizes.search,
@@ -187,7 +192,7 @@ def plan_modes(
         name = recipe.calibrator + (f" {recipe.percentile}" if recipe.percentile else "")
         plan = mode_plan(scaled, "full", layers, sites, recipe)
         logits = bench.logits(plan, search, f"compare calibrators: {name}")
-        loss = kl_divergence(reference, logits)
+        loss = bench.divergence(reference, logits)
         if best is None or loss < best[0]:
             best = (loss, recipe, scaled)
     assert best is not None
@@ -200,30 +205,21 @@ def plan_modes(
 
 
 def measure_modes(
-    config: BuildConfig, bench: Workbench, plans: Mapping[str, Plan], search: Split
+    config: BuildConfig,
+    bench: Workbench,
+    plans: Mapping[str, Plan],
+    search: Split,
+    metric: metrics.Metric,
 ) -> dict[str, Candidate]:
-    """Every plan's accuracy and latency on the search split."""
-    gold = search.gold
+    """Every plan's metric and latency on the search split."""
     float_logits = bench.logits(plans[FLOAT], search, "search: float")
-    reference = float_logits.argmax(axis=1) == gold
-    floor = float(np.bincount(gold).max() / len(gold))
-    if reference.mean() <= floor and len(gold) >= 100:
-        raise SampError(
-            "labels_disagree",
-            f"the float model is right on {reference.mean():.1%} of the search rows; always "
-            f"answering the most frequent label would be right on {floor:.1%}",
-            "labels that the checkpoint was trained for",
-            "check id2label in config.json against the labels in the data",
-        )
+    metric.check(float_logits, search)
     latencies = bench.latencies(plans, search, "measure latencies")
     result = {}
     for name, plan in plans.items():
         logits = bench.logits(plan, search, f"search: {name}")
-        right = logits.argmax(axis=1) == gold
-        b, c, n = evaluate.paired_counts(reference, right)
-        expected = allocate.expected_changes(float_logits, logits, gold)
         ms = latencies[name][SINGLE]
-        result[name] = Candidate(name, ms, float(right.mean()), b, c, n, *expected)
+        result[name] = metric.candidate(name, ms, float_logits, logits, search)
     return result
 
 
@@ -235,6 +231,7 @@ def tier_files(
     measured: Mapping[str, Measured],
     candidates: Mapping[str, Candidate],
     splits: Splits,
+    metric: metrics.Metric,
 ) -> TierFiles:
     """The plan with its provenance, and the portable weights under it.
 
@@ -255,7 +252,7 @@ def tier_files(
         },
         measured={
             "latency_ms": dict(facts.latency_ms),
-            "metric": "accuracy",
+            "metric": metric.name,
             "value": facts.accuracy,
             "float_value": measured["exact"].accuracy,
             "changed": [facts.counts.b, facts.counts.c],
@@ -290,6 +287,7 @@ def write(
         default_tier=config.served_by_default,
         build=record,
         threads=config.threads,
+        pair=bench.task.pair,
     )
 
 
@@ -299,8 +297,9 @@ def tier_row(
     files: TierFiles,
     measured: Mapping[str, Measured],
     folder: Path,
+    metric: metrics.Metric,
 ) -> dict[str, Any]:
-    """One tier as `samp build --json` prints it; values and drops in points of accuracy."""
+    """One tier as `samp build --json` prints it; values and drops in points of the metric."""
     facts = measured[choice.tier]
     weights = (
         folder / "models" / f"encoder_{config.name}_{choice.tier}" / "1" / "weights.safetensors"
@@ -308,7 +307,7 @@ def tier_row(
     return {
         "name": choice.tier,
         "plan": files.plan.summary(),
-        "metric": "accuracy",
+        "metric": metric.name,
         "value": round(facts.accuracy * 100, 3),
         "ci95": [round(end * 100, 3) for end in facts.ci95],
         "drop_bound": 0.0 if choice.tier == "exact" else round(facts.drop_bound * 100, 3),

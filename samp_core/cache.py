@@ -52,6 +52,10 @@ class Cache:
         self._write(path, body)
         return json.loads(body)
 
+    def has(self, kind: str, key: Mapping[str, Any]) -> bool:
+        """Whether a JSON value lies under this key."""
+        return self._path(kind, key, "json").is_file()
+
     def _path(self, kind: str, key: Mapping[str, Any], suffix: str) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{kind}-{digest[:32]}.{suffix}"
@@ -99,7 +103,9 @@ def code_sha256() -> str:
     core = Path(str(samp_core.__file__)).parent
     files = [*sorted(kernels.rglob("*.py"))]
     names = (
+        "bio",
         "calibrate",
+        "chain",
         "checkpoint",
         "encoder",
         "latency",
@@ -107,7 +113,10 @@ def code_sha256() -> str:
         "pipeline",
         "plan",
         "quantize",
+        "sensitivity",
         "text",
+        "windows",
+        "torch_encoder",
     )
     files += [core / f"{name}.py" for name in names]
     files += sorted((core / "heads").glob("*.py"))

@@ -404,7 +404,7 @@ def _texts(texts: list[str] | None, file: Path | None) -> Iterator[str]:
     if file is not None:
         from samp_core.data import read_rows
 
-        return iter(read_rows(file, labelled=False).texts)
+        return map(str, read_rows(file, labelled=False).texts)
     # Bytes that are no UTF-8 arrive in arguments as lone surrogates.
     return _utf8(map(os.fsencode, texts), "text") if texts else _utf8(sys.stdin.buffer, "line")
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samp_core.errors import UsageError
+from samp_core.tasks import TaskName
 
 NAME = re.compile(r"[a-z0-9-]+")
-TASKS = ("classification",)
 
 
 class _Strict(BaseModel):
@@ -69,7 +69,7 @@ class BuildConfig(_Strict):
     model: Path
     data: DataSpec
     name: str
-    task: Literal["classification"] = "classification"
+    task: TaskName = "classification"
     head: Path | None = None
     out: Path | None = None
     tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
@@ -79,6 +79,8 @@ class BuildConfig(_Strict):
     calibrator: Literal["auto", "minmax", "percentile"] = "auto"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     max_length: Annotated[int, Field(ge=4)] | None = None
+    stride: Annotated[int, Field(ge=0)] | None = None
+    windows: Annotated[int, Field(ge=1, le=256)] = 16
     rows: RowCounts = RowCounts()
     seed: int = 0
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05

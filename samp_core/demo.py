@@ -39,7 +39,7 @@ def main() -> int:
     with Server.start(config.folder) as server:
         ready = f"ready: gRPC {server.grpc}, HTTP http://{server.http}, pid {server.pid}"
         show.err.print(ready)
-        texts = list(read_rows(DATA).texts)
+        texts = [str(text) for text in read_rows(DATA).texts]
         call_both_ways(server, texts)
         served = lone_latencies(server, [t["name"] for t in report["tiers"]], texts)
         show.err.rule("3 of 4: A/B, exact against fast, the same texts to both")

@@ -127,12 +127,22 @@ def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
     )
 
 
-def tokenizer_config(model: str, *, max_length: int, queue_delay_us: int = 0) -> ModelConfig:
-    """TEXT -> IDS, TYPES `[b, longest row]`, LENGTHS, TRUNCATED `[b, 1]`."""
+def tokenizer_config(
+    model: str,
+    *,
+    max_length: int,
+    pair: bool = False,
+    places: bool = False,
+    queue_delay_us: int = 0,
+) -> ModelConfig:
+    """TEXT, for pairs TEXT_PAIR -> IDS, TYPES `[b, longest row]`, LENGTHS, TRUNCATED `[b, 1]`.
+
+    places: also OFFSETS and WORD_IDS, which token heads need.
+    """
     return ModelConfig(
         name=f"tokenizer_{model}",
-        inputs=(TEXT,),
-        outputs=(IDS, TYPES, LENGTHS, TRUNCATED),
+        inputs=(TEXT, TEXT_PAIR) if pair else (TEXT,),
+        outputs=(IDS, TYPES, LENGTHS, TRUNCATED, *((OFFSETS, WORD_IDS) if places else ())),
         parameters={"max_length": str(max_length)},
         queue_delay_us=queue_delay_us,
     )
@@ -146,9 +156,13 @@ def encoder_config(
     output: str,
     plan_sha256: str,
     threads: int,
+    windows: str = "",
     queue_delay_us: int = 0,
 ) -> ModelConfig:
-    """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind."""
+    """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind.
+
+    windows: JSON of windows.Windows, for token heads that read texts longer than the model.
+    """
     return ModelConfig(
         name=f"encoder_{model}_{tier}",
         inputs=(IDS, TYPES, LENGTHS),
@@ -158,6 +172,7 @@ def encoder_config(
             "plan_sha256": plan_sha256,
             "threads": str(threads),
             "tier": tier,
+            **({"windows": windows} if windows else {}),
         },
         queue_delay_us=queue_delay_us,
     )
@@ -175,7 +190,7 @@ def head_config(
     """The feature -> the task's outputs; `labels` (JSON) are in the order of SCORES."""
     return ModelConfig(
         name=f"head_{model}",
-        inputs=(feature,),
+        inputs=(feature, LENGTHS, OFFSETS, WORD_IDS) if feature.ragged else (feature,),
         outputs=tuple(outputs),
         parameters={"head": head, "labels": json.dumps(list(labels), ensure_ascii=False)},
         queue_delay_us=queue_delay_us,
@@ -216,7 +231,10 @@ def ensemble_config(
 
 
 TEXT = TensorConfig("TEXT", "STRING", (1,))
+TEXT_PAIR = TensorConfig("TEXT_PAIR", "STRING", (1,))
 IDS = TensorConfig("IDS", "INT32", (-1,))
 TYPES = TensorConfig("TYPES", "INT32", (-1,))
 LENGTHS = TensorConfig("LENGTHS", "INT32", (1,))
 TRUNCATED = TensorConfig("TRUNCATED", "BOOL", (1,))
+OFFSETS = TensorConfig("OFFSETS", "INT32", (-1, 2))
+WORD_IDS = TensorConfig("WORD_IDS", "INT32", (-1,))

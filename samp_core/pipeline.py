@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from samp_kernels.interface import F32, Array, Batch, Session, pack_batch
 
-from samp_core import heads
+from samp_core import bio, heads
 from samp_core.encoder import load_session
 from samp_core.manifest import read_manifest
+from samp_core.rows import Text
 from samp_core.text import Encoding, TextEncoder
+from samp_core.windows import Windows
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 64
@@ -20,7 +22,7 @@ BATCH_ROWS = 64
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One tier of a build, ready to answer."""
+    """One tier of a build, ready to answer; a text is a pair of texts where the task says so."""
 
     text: TextEncoder
     session: Session
@@ -28,13 +30,27 @@ class Pipeline:
     weights: Mapping[str, Array]
     labels: tuple[str, ...]
 
-    def logits(self, texts: Sequence[str]) -> F32:
-        """[texts, C]"""
+    def logits(self, texts: Sequence[Text]) -> F32:
+        """[texts, C]; of a token head [words, C], the words of all texts in a row."""
+        if self.head.rows is not None:
+            rows = self.token_rows(texts)
+            return np.concatenate([row.logits[bio.first_tokens(row.words)] for row in rows])
         encodings = self.text.encode(texts, offsets=False)
         return run_logits(self.session, self.head, self.weights, batches(encodings))
 
-    def predict(self, texts: Sequence[str]) -> dict[str, Array]:
+    def token_rows(self, texts: Sequence[Text]) -> list[heads.TokenRow]:
+        """What a token head sees of each text."""
+        encodings = self.text.encode(texts)
+        made = run_tokens(self.session, encodings, self.text.windows)
+        return [
+            heads.TokenRow(logits, *_places(encoding))
+            for logits, encoding in zip(made, encodings, strict=True)
+        ]
+
+    def predict(self, texts: Sequence[Text]) -> dict[str, Array]:
         """The head's outputs, as the server gives them."""
+        if self.head.rows is not None:
+            return heads.padded(self.head, self.head.rows(self.token_rows(texts), self.labels))
         encodings = self.text.encode(texts, offsets=False)
         batch = pack_batch([e.ids for e in encodings], [e.types for e in encodings])
         feature = self.session.run(batch, output=self.head.encoder_output)
@@ -99,3 +115,43 @@ def run_logits(
     result = np.empty_like(logits)
     result[np.concatenate(places)] = logits
     return result
+
+
+def run_tokens(
+    session: Session,
+    encodings: Sequence[Encoding],
+    windows: Windows | None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[F32]:
+    """The token logits [L, C] of each text, in their order; long ones by windows."""
+    parts = pieces(encodings, windows)
+    found: list[F32] = [np.empty((0, 0), np.float32)] * len(parts)
+    for batch, group in batches(parts):
+        tokens = session.run(batch, output="tokens")
+        for index, rows in zip(group, np.split(tokens, batch.cu_seqlens[1:-1]), strict=True):
+            found[index] = rows
+        progress()
+    queue = iter(found)
+    result = []
+    for encoding in encodings:
+        mine = [next(queue) for _ in _cut(encoding, windows)]
+        result.append(mine[0] if windows is None else windows.join(mine, len(encoding.ids)))
+    return result
+
+
+def pieces(encodings: Sequence[Encoding], windows: Windows | None) -> list[Encoding]:
+    """What the encoder runs: the texts, longer ones as their windows, side by side."""
+    return [piece for encoding in encodings for piece in _cut(encoding, windows)]
+
+
+def _cut(encoding: Encoding, windows: Windows | None) -> list[Encoding]:
+    if windows is None or len(encoding.ids) <= windows.length:
+        return [encoding]
+    ids, types = windows.cut(encoding.ids), windows.cut(encoding.types)
+    return [Encoding(i, t, False, None) for i, t in zip(ids, types, strict=True)]
+
+
+def _places(encoding: Encoding) -> tuple[Array, Array]:
+    assert encoding.offsets is not None
+    assert encoding.words is not None
+    return encoding.offsets, encoding.words

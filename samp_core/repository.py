@@ -111,6 +111,7 @@ def write_build(
     default_tier: str,
     build: Mapping[str, Any],
     threads: int,
+    pair: bool = False,
 ) -> Path:
     """Write a whole build, make it the current one, and return its folder.
 
@@ -125,10 +126,12 @@ def write_build(
     models = partial / "models"
     models.mkdir()
 
-    tokenizer = model_config.tokenizer_config(model, max_length=max_length)
+    spec = heads.get(head)
+    tokenizer = model_config.tokenizer_config(
+        model, max_length=max_length, pair=pair, places=spec.rows is not None
+    )
     with _version_folder(models, tokenizer, "tokenizer") as folder:
         text.save(folder)
-    spec = heads.get(head)
     feature = _feature(spec, encoder_config, len(labels))
     outputs = [
         model_config.TensorConfig(t.name, _DTYPES[t.datatype], t.shape(len(labels)))
@@ -148,6 +151,7 @@ def write_build(
             output=spec.encoder_output,
             plan_sha256=tier.plan.key(),
             threads=threads,
+            windows="" if text.windows is None else json.dumps(dataclasses.asdict(text.windows)),
         )
         with _version_folder(models, encoder, "encoder") as folder:
             save_encoder(folder, encoder_config, tier.plan)

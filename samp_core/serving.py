@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from samp_kernels.interface import F32, Array, EncoderConfig, OutputKind, Session, pack_batch
@@ -20,7 +20,8 @@ from samp_core.manifest import check_folder
 
 if TYPE_CHECKING:
     from samp_core.heads import Head
-    from samp_core.text import TextEncoder
+    from samp_core.rows import Text
+    from samp_core.text import Encoding, TextEncoder
 
 Inputs = tuple[Array, ...]
 Outputs = dict[str, Array]
@@ -37,22 +38,28 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """TEXT bytes [b, 1] -> IDS, TYPES int32 [b, longest row], LENGTHS, TRUNCATED [b, 1]."""
+    """TEXT (and TEXT_PAIR) bytes [b, 1] -> IDS, TYPES int32 [b, longest row], LENGTHS, TRUNCATED
+    [b, 1]; with `places` also OFFSETS [b, longest row, 2] and WORD_IDS, -1 where no text is.
+    """
 
     text: TextEncoder
+    inputs: tuple[str, ...] = ("TEXT",)
+    places: bool = False
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path, args: Mapping[str, str]) -> Tokenizer:
+        """`args` are Triton's: which tensors go in and out stands in the model's config."""
         from samp_core.text import TextEncoder
 
         check_folder(folder)
-        return cls(TextEncoder.load(folder))
+        outputs = tensor_names(args, "output")
+        return cls(TextEncoder.load(folder), tensor_names(args, "input"), "OFFSETS" in outputs)
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All texts of all requests in one call of the tokenizer."""
-        decoded = [_attempt(_decode, text) for (text,) in requests]
+        decoded = [_attempt(self._texts, *inputs) for inputs in requests]
         texts = [text for rows in decoded if not isinstance(rows, RequestError) for text in rows]
-        encodings = iter(self.text.encode(texts, offsets=False))
+        encodings = iter(self.text.encode(texts, offsets=self.places))
         results: list[Outputs | RequestError] = []
         for rows in decoded:
             if isinstance(rows, RequestError):
@@ -66,10 +73,22 @@ class Tokenizer:
                 ids[index, : lengths[index]] = row.ids
                 types[index, : lengths[index]] = row.types
             truncated = np.array([[row.truncated] for row in mine], dtype=np.bool_)
-            results.append(
-                {"IDS": ids, "TYPES": types, "LENGTHS": lengths[:, None], "TRUNCATED": truncated}
-            )
+            result = {"IDS": ids, "TYPES": types, "LENGTHS": lengths[:, None]}
+            results.append({**result, "TRUNCATED": truncated, **self._places(mine, ids)})
         return results
+
+    def _texts(self, *columns: Array) -> list[Text]:
+        decoded = [_decode(c, name) for c, name in zip(columns, self.inputs, strict=True)]
+        return decoded[0] if len(decoded) == 1 else list(zip(*decoded, strict=True))
+
+    def _places(self, encodings: Sequence[Encoding], ids: Array) -> Outputs:
+        if not self.places:
+            return {}
+        offsets = np.full((*ids.shape, 2), -1, dtype=np.int32)
+        words = np.full_like(ids, -1)
+        for index, row in enumerate(encodings):
+            offsets[index, : len(row.ids)], words[index, : len(row.ids)] = row.offsets, row.words
+        return {"OFFSETS": offsets, "WORD_IDS": words}
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,11 @@ def split_rows(rows: Array, counts: Sequence[int]) -> list[Array]:
     return np.split(rows, np.cumsum(counts)[:-1])
 
 
+def tensor_names(args: Mapping[str, str], side: Literal["input", "output"]) -> tuple[str, ...]:
+    """The names of a model's inputs or outputs, in its config's order."""
+    return tuple(tensor["name"] for tensor in json.loads(args["model_config"])[side])
+
+
 def parameters(args: Mapping[str, str]) -> dict[str, str]:
     """The `parameters` of config.pbtxt, from what Triton hands to `initialize`."""
     config = json.loads(args["model_config"])
@@ -251,7 +275,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
         return error
 
 
-def _decode(text: Array) -> list[str]:
+def _decode(text: Array, name: str) -> list[Any]:
     texts = []
     for row, raw in enumerate(text[:, 0]):
         try:
@@ -259,6 +283,6 @@ def _decode(text: Array) -> list[str]:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise RequestError(
-                f"TEXT row {row}: byte 0x{byte:02x} at {error.start} is not UTF-8", "UTF-8 text"
+                f"{name} row {row}: byte 0x{byte:02x} at {error.start} is not UTF-8", "UTF-8 text"
             ) from None
     return texts

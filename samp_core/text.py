@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from samp_core.errors import SampError
+from samp_core.rows import Text
+from samp_core.windows import Windows
 
 _TOKENIZER = "tokenizer.json"
 _VOCABULARY = "vocab.txt"
@@ -42,25 +44,38 @@ _CHARACTERS_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Encoding:
-    """One text: ids and types int32 [L]; truncated if tokens were dropped; offsets int32 [L, 2].
+    """One text or pair: ids and types int32 [L]; truncated if tokens were dropped.
 
-    Offsets are code points of the text, end exclusive, and -1, -1 for [CLS] and [SEP]; None if
-    they were not asked for.
+    offsets int32 [L, 2]: code points of the token's own text, end exclusive; words int32 [L]: the
+    word of it that the token is a part of. -1 for [CLS] and [SEP]; None if not asked for.
     """
 
     ids: NDArray[np.int32]
     types: NDArray[np.int32]
     truncated: bool
     offsets: NDArray[np.int32] | None
+    words: NDArray[np.int32] | None = None
 
 
 class TextEncoder:
-    """A checkpoint's tokenizer with truncation to max_length and without padding."""
+    """A checkpoint's tokenizer with truncation to max_length and without padding.
 
-    def __init__(self, tokenizer: Any, max_length: int, side: str = "right") -> None:
+    A pair's longer text loses tokens first, as with transformers' longest_first. With `windows`
+    a text keeps the tokens of all its windows, and only what lies beyond them is truncated.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        side: str = "right",
+        windows: Windows | None = None,
+    ) -> None:
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length, direction=side)
+        self.longest = max_length if windows is None else windows.tokens
+        tokenizer.enable_truncation(self.longest, direction=side)
         self.max_length = max_length
+        self.windows = windows
         self._side = side
         self._tokenizer = tokenizer
         self._boundary = _safe_boundary(json.loads(tokenizer.to_str()))
@@ -90,16 +105,34 @@ class TextEncoder:
             )
         side = _read_json(folder / _SERVED).get("truncation_side")
         side = str(side or config.get("truncation_side", "right"))
-        return cls(tokenizer, _length(folder, config, max_length), side)
+        served = _read_json(folder / _SERVED).get("windows")
+        return cls(
+            tokenizer,
+            _length(folder, config, max_length),
+            side,
+            None if served is None else Windows(**served),
+        )
 
-    def encode(self, texts: Sequence[str], *, offsets: bool = True) -> list[Encoding]:
-        """Token ids of every text; without offsets it takes about half the time."""
+    def with_windows(self, stride: int | None, most: int) -> TextEncoder:
+        """The same tokenizer for texts longer than max_length; None: a quarter is shared."""
+        if self._tokenizer.num_special_tokens_to_add(False) != 2:
+            raise SampError(
+                "windows", "a tokenizer without one special token at each end", "[CLS] text [SEP]",
+                "choose another checkpoint",
+            )  # fmt: skip
+        shared = (self.max_length - 2) // 4 if stride is None else stride
+        windows = Windows(self.max_length, shared, most)
+        return TextEncoder(self._tokenizer, self.max_length, self._side, windows)
+
+    def encode(self, texts: Sequence[Text], *, offsets: bool = True) -> list[Encoding]:
+        """Token ids of every text; without offsets and words it takes about half the time."""
         whole: list[Any] = [None] * len(texts)
         short: list[int] = []
-        limit = _CHARACTERS_PER_TOKEN * self.max_length
+        limit = _CHARACTERS_PER_TOKEN * self.longest
         for index, text in enumerate(texts):
-            _check_text(index, text)
-            if self._boundary is not None and len(text) > limit:
+            for part in (text,) if isinstance(text, str) else text:
+                _check_text(index, part)
+            if self._boundary is not None and isinstance(text, str) and len(text) > limit:
                 whole[index] = self._encode_long(text, limit, offsets)
             else:
                 short.append(index)
@@ -114,7 +147,9 @@ class TextEncoder:
         folder = Path(folder)
         tokenizer, served = folder / _TOKENIZER, folder / _SERVED
         tokenizer.write_text(self._tokenizer.to_str(), encoding="utf-8")
-        limits = {"max_length": self.max_length, "truncation_side": self._side}
+        limits: dict[str, Any] = {"max_length": self.max_length, "truncation_side": self._side}
+        if self.windows is not None:
+            limits["windows"] = asdict(self.windows)
         served.write_text(json.dumps(limits) + "\n", encoding="utf-8")
         return [tokenizer, served]
 
@@ -123,7 +158,7 @@ class TextEncoder:
         """The files of a folder that `load` reads: the tokenizer's content, for hashing."""
         return [path for name in _FILES if (path := Path(folder) / name).is_file()]
 
-    def _encode_all(self, texts: list[str], offsets: bool) -> list[Any]:
+    def _encode_all(self, texts: list[Text], offsets: bool) -> list[Any]:
         encode = self._tokenizer.encode_batch if offsets else self._tokenizer.encode_batch_fast
         result: list[Any] = encode(texts)
         return result
@@ -143,15 +178,17 @@ class TextEncoder:
 
 
 def _encoding(encoded: Any, offsets: bool) -> Encoding:
-    spans = None
+    spans = words = None
     if offsets:
         spans = np.array(encoded.offsets, dtype=np.int32).reshape(-1, 2)
         spans[np.array(encoded.special_tokens_mask, dtype=bool)] = -1
+        words = np.array([-1 if w is None else w for w in encoded.word_ids], dtype=np.int32)
     return Encoding(
         np.array(encoded.ids, dtype=np.int32),
         np.array(encoded.type_ids, dtype=np.int32),
         bool(encoded.overflowing),
         spans,
+        words,
     )
 
 

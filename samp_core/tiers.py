@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from samp_kernels.interface import Array
 
 from samp_core import allocate, evaluate
 from samp_core.allocate import Candidate
 from samp_core.config import TierSpec
+from samp_core.metrics import Accuracy, Metric
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench
 
@@ -34,7 +34,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Measured:
-    """A tier's plan on the verification split; accuracies are fractions, drops too."""
+    """A tier's plan on the verification split; `accuracy` is the task's metric, a fraction."""
 
     accuracy: float
     ci95: tuple[float, float]
@@ -47,29 +47,40 @@ class Verifier:
     """Tests plans on the verification split; each plan runs over it at most once."""
 
     def __init__(
-        self, bench: Workbench, plans: Mapping[str, Plan], split: Split, alpha: float
+        self,
+        bench: Workbench,
+        plans: Mapping[str, Plan],
+        split: Split,
+        alpha: float,
+        metric: Metric | None = None,
     ) -> None:
+        self.metric = metric or Accuracy()
         self._bench = bench
         self._plans = plans
         self._split = split
         self.alpha = alpha
-        self.n = len(split.gold)
+        self.n = split.rows.n
 
-    def correct(self, name: str) -> Array:
+    def texts(self, name: str) -> Array:
+        """What the metric makes of each text under a plan; whether it is right, for accuracy."""
         logits = self._bench.logits(self._plans[name], self._split, f"verify: {name}")
-        return np.asarray(logits.argmax(axis=1) == self._split.gold)
+        return self.metric.measure(logits, self._split)
 
     def test(self, name: str, promise: float) -> evaluate.DropTest:
-        return evaluate.drop_test(self.correct(FLOAT), self.correct(name), promise, self.alpha)
+        return self.metric.test(self.texts(FLOAT), self.texts(name), promise, self.alpha)
+
+    def needed(self, name: str, test: evaluate.DropTest) -> str:
+        """About how many rows would settle a test that failed, in words."""
+        return self.metric.needed(test, self.texts(FLOAT), self.texts(name))
 
     def measured(self, name: str, latency_ms: Mapping[str, float]) -> Measured:
-        right = self.correct(name)
-        counts = evaluate.paired_counts(self.correct(FLOAT), right)
+        texts = self.texts(name)
+        test = self.metric.test(self.texts(FLOAT), texts, 1.0, self.alpha)
         return Measured(
-            accuracy=float(right.mean()),
-            ci95=tuple(evaluate.wilson_interval(int(right.sum()), len(right))),  # type: ignore[arg-type]
-            counts=counts,
-            drop_bound=evaluate.drop_upper_bound(*counts, self.alpha),
+            accuracy=self.metric.value(texts),
+            ci95=tuple(self.metric.ci95(texts)),  # type: ignore[arg-type]
+            counts=evaluate.Counts(test.b, test.c, test.n),
+            drop_bound=test.bound,
             latency_ms=latency_ms,
         )
 
@@ -132,19 +143,18 @@ def _by_drop(
         [c.name for c in sequence], lambda name: verifier.test(name, promise)
     )
     notes: list[str] = []
-    least = evaluate.drop_upper_bound(0, 0, n, verifier.alpha)
-    met = result.served is not None or least <= promise
-    if least > promise:
-        needed = evaluate.examples_needed(promise, 0.0, 0.0, 0.8, verifier.alpha)
+    unchanged = verifier.test(FLOAT, promise)
+    met = result.served is not None or unchanged.passed
+    if not unchanged.passed:
+        needed = verifier.needed(FLOAT, unchanged)
         notes.append(
-            f"tier {tier}: a promise of {spec.drop:g} points needs at least {needed:,} "
+            f"tier {tier}: a promise of {spec.drop:g} points needs at least {needed} "
             f"verification rows even for a plan that changes nothing; there are {n:,}"
         )
     if result.tests and not result.tests[-1][1].passed:
         name, test = result.tests[-1]
-        rate = (test.b + test.c) / test.n
-        if test.drop < promise and rate > 0:
-            rows = _needed(promise, rate, max(test.drop, 0.0), verifier.alpha)
+        if test.drop < promise and test.b + test.c > 0:
+            rows = verifier.needed(name, test)
             notes.append(
                 f"tier {tier}: {name} was stopped by its bound of {test.bound * 100:.2f} points "
                 f"(drop {test.drop * 100:.2f}); about {rows} verification rows could settle it"
@@ -160,10 +170,3 @@ def _by_drop(
     elif result.served is None:
         notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
     return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
-
-
-def _needed(promise: float, rate: float, drop: float, alpha: float) -> str:
-    try:
-        return f"{evaluate.examples_needed(promise, max(rate, drop), drop, 0.8, alpha):,}"
-    except ValueError:
-        return "more than 100,000,000"

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from samp_kernels.interface import F32, Array, Backend, Session
 
-from samp_core import calibrate, encoder, heads, latency
+from samp_core import bio, calibrate, encoder, heads, latency
 from samp_core.cache import Cache
 from samp_core.checkpoint import Checkpoint
-from samp_core.data import Rows, label_ids
-from samp_core.encoder import LoopSession, open_backend, prepare, quantizable_sites
+from samp_core.data import Rows, gold_values
+from samp_core.encoder import LoopSession, check_plan, open_backend, prepare, quantizable_sites
 from samp_core.errors import SampError
-from samp_core.pipeline import batches, run_logits
+from samp_core.pipeline import batches, pieces, run_logits, run_tokens
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
+from samp_core.tasks import TASKS, Task
 from samp_core.text import Encoding, TextEncoder
 
 
@@ -35,11 +36,15 @@ def silent(title: str, steps: int) -> Callable[[], None]:
 
 @dataclass
 class Split:
-    """One split's rows, their tokens and gold label ids."""
+    """One split's rows, their tokens, and gold as data.gold_values gives it.
+
+    The two texts of a pair are one encoding; of a row of embeddings they are two, all first texts
+    before all second ones.
+    """
 
     rows: Rows
     encodings: list[Encoding]
-    gold: Array
+    gold: Any
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Workbench:
     backend_name: str
     threads: int
     progress: Progress = silent
+    task: Task = TASKS["classification"]
     _backend: Backend | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _packs: dict[tuple[str, str, str], Any] = field(default_factory=dict)
@@ -67,8 +73,17 @@ class Workbench:
         return self._backend
 
     def split(self, rows: Rows) -> Split:
-        gold = label_ids(rows, self.checkpoint.labels)
-        return Split(rows, self.text.encode(rows.texts, offsets=False), gold)
+        gold = gold_values(rows, self.task.gold, self.checkpoint.labels)
+        encodings = self.text.encode(rows.texts, offsets=self.head.rows is not None)
+        return Split(rows, encodings, gold)
+
+    def pieces(self, split: Split) -> list[Encoding]:
+        """What the encoder runs for a split: its texts, long ones as their windows."""
+        return pieces(split.encodings, self.text.windows)
+
+    def divergence(self, reference: F32, logits: F32) -> float:
+        """How far a plan's logits are from float's, by the head's own measure."""
+        return self.head.divergence(reference, logits)
 
     def base_plan(self) -> Plan:
         """The float plan, with no provenance yet."""
@@ -94,6 +109,12 @@ class Workbench:
             )
         return self._sessions[key]
 
+    def loop_session(self, plan: Plan) -> LoopSession:
+        """A session over the backend's ops, which every backend has; it is not kept."""
+        check_plan(self.backend, self.checkpoint.config, plan)
+        tensors = export_weights(self.checkpoint.tensors, plan, self.quantized)
+        return LoopSession(self.backend, self.checkpoint.config, tensors, plan, self._packs)
+
     def ranges(self, split: Split) -> dict[str, Array]:
         """Activation ranges over a split, from the float plan."""
         plan = self.base_plan()
@@ -105,21 +126,26 @@ class Workbench:
                     "no_calibration", self.backend_name, "a backend that shows its activations",
                     "calibrate with backend onednn",
                 )  # fmt: skip
-            packed = [batch for batch, _ in batches(split.encodings)]
+            packed = [batch for batch, _ in batches(self.pieces(split))]
             step = self.progress("calibrate: activation ranges", 2 * len(packed))
             output = self.head.encoder_output
             return calibrate.observe(session, packed, output, self.backend.to_host, step)
 
-        return self.cache.arrays("ranges", self._key(plan, split), make)
+        return self.cache.arrays("ranges", self.key(plan, split), make)
 
     def logits(self, plan: Plan, split: Split, title: str) -> F32:
-        """[rows, C] of a plan over a split."""
+        """[rows, C] of a plan over a split; [words, C] of a token head, as Pipeline.logits."""
 
         def make() -> dict[str, Array]:
-            packed = batches(split.encodings)
+            packed = batches(self.pieces(split))
             step = self.progress(title, len(packed))
             session = self.session(plan)
-            made = run_logits(session, self.head, self.head_weights, packed, step)
+            if self.head.rows is None:
+                made = run_logits(session, self.head, self.head_weights, packed, step)
+            else:
+                tokens = run_tokens(session, split.encodings, self.text.windows, step)
+                firsts = (bio.first_tokens(np.asarray(e.words)) for e in split.encodings)
+                made = np.concatenate([t[f] for t, f in zip(tokens, firsts, strict=True)])
             self._check_executed(session, plan)
             if not np.isfinite(made).all():
                 raise SampError(
@@ -128,7 +154,7 @@ class Workbench:
                 )  # fmt: skip
             return {"logits": made}
 
-        return self.cache.arrays("logits", self._key(plan, split), make)["logits"]
+        return self.cache.arrays("logits", self.key(plan, split), make)["logits"]
 
     def latencies(
         self, plans: Mapping[str, Plan], split: Split, title: str
@@ -136,7 +162,7 @@ class Workbench:
         """name -> bucket -> median ms of encoder and head, all plans interleaved."""
 
         def make() -> dict[str, dict[str, float]]:
-            shapes = latency.buckets(split.encodings, self.checkpoint.config.position_offset)
+            shapes = latency.buckets(self.pieces(split), self.checkpoint.config.position_offset)
             step = self.progress(title, sum(bucket.rounds for bucket in shapes))
             calls = {name: self._call(self.session(plan)) for name, plan in plans.items()}
             result: dict[str, dict[str, float]] = {name: {} for name in plans}
@@ -151,7 +177,7 @@ class Workbench:
             "title": title,
         }
         made: dict[str, dict[str, float]] = self.cache.json(
-            "latency", {**key, **self._key(self.base_plan(), split)}, make
+            "latency", {**key, **self.key(self.base_plan(), split)}, make
         )
         return made
 
@@ -175,11 +201,13 @@ class Workbench:
                 "wrong_kernel", f"{site} ran in {ran}", plan.precision(site), "report this"
             )
 
-    def _key(self, plan: Plan, split: Split) -> dict[str, Any]:
+    def key(self, plan: Plan, split: Split) -> dict[str, Any]:
+        """What a measurement of this plan over this split depends on."""
         return {
             "plan": plan.key(),
             "split": split.rows.sha256,
             "max_length": self.text.max_length,
+            "windows": None if self.text.windows is None else asdict(self.text.windows),
             "code": self.code,
             "versions": versions(),
         }
@@ -221,16 +249,7 @@ def forwards() -> int:
     return encoder.FORWARDS
 
 
-def kl_divergence(reference: F32, logits: F32) -> float:
-    """Mean KL(softmax(reference) || softmax(logits)) over rows, in nats."""
-
-    def log_softmax(x: F32) -> Array:
-        x = x.astype(np.float64)
-        x = x - x.max(axis=1, keepdims=True)
-        return np.asarray(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
-
-    p, q = log_softmax(reference), log_softmax(logits)
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+kl_divergence = heads.softmax_divergence
 
 
 def recipes(calibrator: str, percent: float) -> Sequence[Recipe]:

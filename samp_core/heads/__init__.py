@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from samp_core.errors import SampError
 
 FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int32]
 Weights = Mapping[str, FloatArray]
 
 
@@ -39,6 +40,29 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """One text as a token head sees it: logits [L, C], and each token's offsets [L, 2] and word
+    [L], both -1 for special tokens.
+    """
+
+    logits: FloatArray
+    offsets: IntArray
+    words: IntArray
+
+
+def softmax_divergence(reference: FloatArray, logits: FloatArray) -> float:
+    """Mean KL(softmax(reference) || softmax(logits)) over rows, in nats."""
+
+    def log_softmax(x: FloatArray) -> NDArray[np.float64]:
+        wide = x.astype(np.float64)
+        wide = wide - wide.max(axis=1, keepdims=True)
+        return np.asarray(wide - np.log(np.exp(wide).sum(axis=1, keepdims=True)))
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@dataclass(frozen=True)
 class Head:
     """One task's head.
 
@@ -48,6 +72,11 @@ class Head:
         builder compares.
     run(weights, feature, labels): one array per output, [b, *dims]; BYTES as objects. A row's
         result must not depend on the other rows.
+    rows(texts, labels): for encoder_output "tokens", in place of `run`: each text's outputs, whose
+        first dim may differ from text to text where the spec says -1.
+    encoder_tensors(state_dict, config): tensors that the encoder needs for this head; the linear
+        layer of a token head runs there, so that logits cross to the head and not states.
+    divergence(reference, logits): how far a plan's raw scores are from float's, 0 when equal.
     """
 
     name: str
@@ -56,6 +85,28 @@ class Head:
     export: Callable[[Mapping[str, NDArray[Any]], Mapping[str, Any]], dict[str, FloatArray]]
     logits: Callable[[Weights, FloatArray], FloatArray]
     run: Callable[[Weights, FloatArray, Sequence[str]], dict[str, NDArray[Any]]]
+    rows: Callable[[Sequence[TokenRow], Sequence[str]], list[dict[str, NDArray[Any]]]] | None = None
+    encoder_tensors: (
+        Callable[[Mapping[str, NDArray[Any]], Mapping[str, Any]], dict[str, FloatArray]] | None
+    ) = None
+    divergence: Callable[[FloatArray, FloatArray], float] = field(default=softmax_divergence)
+
+
+def padded(head: Head, rows: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    """Texts' outputs as [b, ...], shorter ones filled up: b"", 0, and -1 for places.
+
+    At least one place wide: an output without elements is none for many clients.
+    """
+    result: dict[str, NDArray[Any]] = {}
+    for spec in head.outputs:
+        parts = [row[spec.name] for row in rows]
+        width = max(1, *(len(part) for part in parts))
+        fill: Any = {"BYTES": b"", "FP32": 0.0, "INT32": -1, "BOOL": False}[spec.datatype]
+        whole = np.full((len(parts), width, *parts[0].shape[1:]), fill, dtype=parts[0].dtype)
+        for row, part in zip(whole, parts, strict=True):
+            row[: len(part)] = part
+        result[spec.name] = whole
+    return result
 
 
 _registered: dict[str, tuple[Head, Path]] = {}

@@ -1,4 +1,4 @@
-"""Triton model `tokenizer_<model>`: TEXT -> IDS, TYPES, LENGTHS, TRUNCATED."""
+"""Triton model `tokenizer_<model>`: TEXT (TEXT_PAIR) -> IDS, TYPES, LENGTHS, TRUNCATED, places."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from samp_core import serving
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self._tokenizer = serving.Tokenizer.load(Path(__file__).resolve().parent)
+        self._tokenizer = serving.Tokenizer.load(Path(__file__).resolve().parent, args)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return serving.execute(pb_utils, requests, ("TEXT",), self._tokenizer.run)
+        return serving.execute(pb_utils, requests, self._tokenizer.inputs, self._tokenizer.run)
