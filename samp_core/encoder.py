@@ -121,7 +121,9 @@ def prepare(
     check_plan(backend, config, plan)
     own = getattr(backend, "prepare", None)
     if own is not None:
-        session: Session = own(config, tensors, plan, max_tokens=max_tokens, threads=threads)
+        session: Session = own(
+            config, tensors, plan, max_tokens=max_tokens, threads=threads, packs=packs
+        )
         return session
     return LoopSession(backend, config, tensors, plan, packs)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from samp_kernels.cpu import _native
 from samp_kernels.interface import (
     F32,
     GEMM_SITES,
@@ -15,6 +16,7 @@ from samp_kernels.interface import (
     EncoderConfig,
     KernelError,
     OutputKind,
+    Weight,
 )
 
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4}
@@ -43,7 +45,7 @@ class NativeSession:
 
     def __init__(
         self,
-        native: Any,
+        backend: Any,
         config: EncoderConfig,
         tensors: Mapping[str, Array],
         plan: Any,
@@ -52,9 +54,10 @@ class NativeSession:
         packs: Packs | None = None,
     ) -> None:
         self._layers = config.layers
-        self._native = native
+        self._backend = backend
         self._packs: Packs = {} if packs is None else packs
-        self._session = native.Session(
+        self._session = _native.Session(
+            backend.level,
             config.layers,
             config.hidden,
             config.heads,
@@ -128,36 +131,40 @@ class NativeSession:
     def _set_gemm(
         self, layer: int, site: str, tensors: Mapping[str, Array], plan: Any, name: str
     ) -> None:
-        weight = tensors[f"{name}.weight"]
         scale = tensors.get(f"{name}.weight_scale")
         entry = plan.sites.get(name)
         recipe = entry.recipe if entry is not None else None
-        granularity = ""
-        input_scale = -1.0
+        granularity, input_scale = "", -1.0
         if scale is not None:
             per_token = recipe is not None and recipe.activation == "token"
             input_scale = 0.0 if per_token else _scalar(tensors, f"{name}.input_scale")
-            granularity = recipe.weight if recipe is not None else ""
+        if recipe is not None:
+            granularity = recipe.weight
         outliers = tensors.get(f"{name}.outliers")
-        side = tensors.get(f"{name}.outlier_weight")
-        kept = [] if outliers is None else [int(i) for i in outliers]
-        key = (name, "fp32" if scale is None else "int8", granularity + (f" {kept}" if kept else ""))
+        if outliers is not None:
+            granularity += f", {len(outliers)} outliers"
+        key = (name, "fp32" if scale is None else "int8", granularity)
         if key not in self._packs:
-            dtype = np.float32 if scale is None else np.int8
-            self._packs[key] = self._native.Packed(np.ascontiguousarray(weight, dtype=dtype))
+            weight = Weight(
+                tensors[f"{name}.weight"], scale, outliers, tensors.get(f"{name}.outlier_weight")
+            )
+            self._packs[key] = self._backend.pack(weight, key[1])
+        packed = self._packs[key]
+        empty = np.zeros(0, dtype=np.float32)
         try:
             self._session.set_gemm(
                 layer,
                 site,
-                self._packs[key],
+                packed.native,
                 _floats(tensors[f"{name}.bias"]),
-                [] if scale is None else _floats(scale).tolist(),
+                empty if packed.scale is None else packed.scale,
                 input_scale,
-                kept,
-                [] if side is None else _floats(side).T.ravel().tolist(),
+                np.zeros(0, np.int32) if packed.outliers is None else packed.outliers,
+                empty if packed.side is None else packed.side.ravel(),
             )
         except ValueError as error:
-            raise KernelError("prepare", f"{name}: {error}", "the shapes of its encoder.json") from None
+            allowed = "the shapes of its encoder.json"
+            raise KernelError("prepare", f"{name}: {error}", allowed) from None
 
 
 def _floats(x: Array) -> F32:

@@ -65,8 +65,7 @@ class Session {
 
   // input_scale: of a static int8 site; 0: a scale for each token; < 0: fp32.
   void set_gemm(long layer, const std::string& which, nb::object packed, F1 bias,
-                std::vector<float> weight_scale, float input_scale, std::vector<int32_t> outliers,
-                std::vector<float> outlier_weight) {
+                F1 weight_scale, float input_scale, I1 outliers, F1 outlier_weight) {
     const Packed& weight = nb::cast<const Packed&>(packed);
     Site site;
     site.packed = weight.data;
@@ -77,16 +76,14 @@ class Session {
     site.input_scale = input_scale > 0.0f ? input_scale : 1.0f;
     site.bias = floats(bias, site.n, "bias");
     if (site.int8) {
-      if (static_cast<long>(weight_scale.size()) != site.n || input_scale < 0.0f)
-        refuse("an int8 weight needs a scale for each of its " + std::to_string(site.n) + " rows");
-      site.col_scale = std::move(weight_scale);
+      if (!(input_scale >= 0.0f)) refuse("an int8 weight without the scale of its input");
+      site.col_scale = floats(weight_scale, site.n, "weight_scale");
       for (float& s : site.col_scale) s *= site.input_scale;
     }
-    if (outlier_weight.size() != outliers.size() * static_cast<size_t>(site.n))
-      refuse("outlier weights of another shape than [outliers, out]");
-    within(outliers.data(), static_cast<long>(outliers.size()), site.k, "outliers");
-    site.side_index = std::move(outliers);
-    site.side_w = std::move(outlier_weight);
+    const long kept = static_cast<long>(outliers.shape(0));
+    within(outliers.data(), kept, site.k, "outliers");
+    site.side_index.assign(outliers.data(), outliers.data() + kept);
+    site.side_w = floats(outlier_weight, kept * site.n, "outlier_weight");
     const long h = shape_.hidden, f = shape_.ffn;
     if (which == "classifier") {
       check(site, site.n, h);
@@ -192,17 +189,15 @@ class Session {
 
 }  // namespace
 
-const Level* current_level();  // module.cc
-
 void bind_session(nb::module_& m) {
   nb::class_<Session>(m, "Session")
       .def("__init__",
-           [](Session* self, long layers, long hidden, long heads, long ffn, int act, float eps,
+           [](Session* self, const Level& level, long layers, long hidden, long heads, long ffn, int act, float eps,
               int threads) {
              if (layers < 1 || heads < 1 || hidden < heads || hidden % heads || hidden % 4 || ffn % 4)
                refuse("hidden " + std::to_string(hidden) + ", heads " + std::to_string(heads) + ", ffn " +
                       std::to_string(ffn) + "; wanted multiples of 4, hidden a multiple of heads");
-             new (self) Session(current_level(), layers, hidden, heads, ffn, act, eps, threads);
+             new (self) Session(&level, layers, hidden, heads, ffn, act, eps, threads);
            })
       .def("set_embeddings", &Session::set_embeddings)
       .def("set_gemm", &Session::set_gemm)
