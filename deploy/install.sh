@@ -4,7 +4,8 @@
 #   deploy/install.sh VENV
 #
 # The Dockerfile and CI run these same steps. PYTHON names the interpreter (its pip is used),
-# TORCH_INDEX the address of PyTorch's index of CPU wheels, for a torch without CUDA.
+# TORCH_INDEX the address of PyTorch's index of CPU wheels, for a torch without CUDA. A C++ compiler
+# builds the native CPU kernels; SAMP_NATIVE=require lets the install fail without them.
 set -euo pipefail
 
 venv=${1:?usage: deploy/install.sh VENV}
@@ -15,7 +16,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source=$(mktemp -d)
 trap 'rm -rf "$source"' EXIT
 mkdir "$source/model_repository"
-cp -R "$root"/{pyproject.toml,README.md,LICENSE,samp_core,kernels,client,loadtest} "$source"
+cp -R "$root"/{pyproject.toml,setup.py,README.md,LICENSE,samp_core,kernels,client,loadtest} "$source"
 cp -R "$root/model_repository/templates" "$source/model_repository"
 # Beside a Triton of its own release the stub takes numpy 2; the rest is as tested.
 grep -v '^numpy==' "$root/constraints.txt" > "$source/constraints.txt"
@@ -26,4 +27,5 @@ grep -v '^numpy==' "$root/constraints.txt" > "$source/constraints.txt"
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch==2.13.0 "$source[serve]"
 "$venv/bin/python" -I -c 'import samp_core.serving, samp_core.text, samp_core.heads'
 "$venv/bin/python" -I -c 'import samp_core.encoder, samp_kernels.onednn, samp_templates'
+"$venv/bin/python" -I -c 'from samp_kernels.cpu import state; print("backend cpu:", state())'
 echo "installed into $venv"

@@ -48,28 +48,40 @@ class UnsupportedPrecision(KernelError):
 class QTensor:
     """A quantized activation: value = scale * q. `scale` is a float or one value a token.
 
-    `data` holds int8 or a storage of the backend's own (u8 with zero point 128 on `onednn`).
+    `data` holds int8 or a storage of the backend's own (u8 with zero point 128 on `onednn` and
+    `cpu`). `kept` [T, k] holds the float values of the channels that `Out.keep` named.
     """
 
     data: Any
     scale: float | Any
     shape: tuple[int, int]
+    kept: Any = None
 
 
 @dataclass(frozen=True)
 class Out:
-    """What an op writes: a dtype and, for int8 and e4m3, a static scale or "token"."""
+    """What an op writes: a dtype and, for int8 and e4m3, a static scale or "token".
+
+    `keep`: channels whose float values go beside the quantized ones, for the outlier split.
+    """
 
     dtype: str = "fp32"
     scale: float | Literal["token"] | None = None
+    keep: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One stored matrix `[out, in]`: fp32, or int8 with a scale `[out]`."""
+    """One stored matrix `[out, in]`: fp32, or int8 with a scale `[out]`.
+
+    The outlier split of an int8 one: `data` holds zeros at the input channels `outliers` [k], and
+    the gemm adds x[:, outliers] @ outlier_weight^T in fp32, `outlier_weight` being [out, k].
+    """
 
     data: Array
     scale: F32 | None = None
+    outliers: I32 | None = None
+    outlier_weight: F32 | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +155,8 @@ class Backend(Protocol):
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
         """(op, precision, activation scale "static" | "token" | "") triples that really run.
 
-        ("gemm", "residual", "") says that `gemm` adds a residual in its epilogue.
+        ("gemm", "residual", "") says that `gemm` adds a residual in its epilogue,
+        ("gemm", "outliers", "") that it has the outlier split of `Weight`.
         """
         ...
 
@@ -250,6 +263,29 @@ def check_gemm(x: Any, weight: tuple[int, ...], bias: Any, act: str | None, resi
         raise KernelError("gemm", f"residual {list(residual.shape)}", allowed)
     if act is not None and act not in ACTIVATIONS:
         raise KernelError("gemm", f"activation {act!r}", ", ".join(ACTIVATIONS))
+
+
+def check_weight(weight: Weight, precision: str) -> None:
+    """A stored matrix of that precision, and its outlier split. Raises KernelError."""
+    if precision not in ("fp32", "int8") or (precision == "int8") != (weight.scale is not None):
+        got = f"{precision} from {weight.data.dtype}"
+        raise UnsupportedPrecision("pack", got, "fp32 from fp32, int8 from int8 + scale")
+    if weight.outliers is None and weight.outlier_weight is None:
+        return
+    wanted = (weight.data.shape[0], 0 if weight.outliers is None else len(weight.outliers))
+    found = None if weight.outlier_weight is None else weight.outlier_weight.shape
+    if weight.scale is None or weight.outliers is None or found != wanted:
+        got = f"outlier_weight {found}"
+        raise KernelError("pack", got, f"{list(wanted)} beside int8, a column for each outlier")
+    if wanted[1] and not 0 <= weight.outliers.min() <= weight.outliers.max() < weight.data.shape[1]:
+        raise KernelError("pack", f"outliers {weight.outliers.tolist()}", "input channels")
+
+
+def check_kept(x: QTensor, outliers: int) -> None:
+    """A quantized activation beside the float values that a weight's outlier split reads."""
+    shape = None if x.kept is None else tuple(x.kept.shape)
+    if (outliers or shape is not None) and shape != (x.shape[0], outliers):
+        raise KernelError("gemm", f"kept {shape}", f"kept [{x.shape[0]}, {outliers}]")
 
 
 def check_attention(qkv: Any, cu_seqlens: I32, heads: int) -> None:

@@ -30,6 +30,7 @@ from samp_kernels.interface import (
     check_attention,
     check_embedding,
     check_gemm,
+    check_weight,
 )
 
 # torch announces that its quantized dtypes will go; the range of torch in pyproject.toml has them,
@@ -94,23 +95,20 @@ class OneDnnBackend:
         return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
     def pack(self, weight: Weight, precision: str) -> PackedInt8 | PackedFloat:
+        check_weight(weight, precision)
+        if weight.outliers is not None:
+            raise UnsupportedPrecision("pack", "int8 with outliers", "fp32, int8 without outliers")
         shape = weight.data.shape
-        if precision == "fp32" and weight.scale is None:
+        if weight.scale is None:
             dense = torch.from_numpy(np.ascontiguousarray(weight.data, dtype=np.float32))
             return PackedFloat(dense.to_mkldnn(), shape)
-        if precision == "int8" and weight.scale is not None:
-            if ("gemm", "int8", "static") not in self.capabilities():
-                raise UnsupportedPrecision("pack", "int8 on a CPU without VNNI", "fp32")
-            integers = torch.from_numpy(np.ascontiguousarray(weight.data, dtype=np.int8))
-            packed = torch.ops.onednn.qlinear_prepack(integers, None)
-            scale = torch.from_numpy(np.array(weight.scale, dtype=np.float32))
-            zeros = torch.zeros(len(scale), dtype=torch.int64)
-            return PackedInt8(packed, scale, zeros, shape)
-        raise UnsupportedPrecision(
-            "pack",
-            f"{precision} from {weight.data.dtype}",
-            "fp32 from fp32, int8 from int8 + scale",
-        )
+        if ("gemm", "int8", "static") not in self.capabilities():
+            raise UnsupportedPrecision("pack", "int8 on a CPU without VNNI", "fp32")
+        integers = torch.from_numpy(np.ascontiguousarray(weight.data, dtype=np.int8))
+        packed = torch.ops.onednn.qlinear_prepack(integers, None)
+        scale = torch.from_numpy(np.array(weight.scale, dtype=np.float32))
+        zeros = torch.zeros(len(scale), dtype=torch.int64)
+        return PackedInt8(packed, scale, zeros, shape)
 
     def embed_layernorm(
         self,
@@ -278,6 +276,7 @@ _VNNI: bool | None = None
 
 
 def _static_scale(out: Out) -> float:
-    if out.dtype != "int8" or not isinstance(out.scale, float) or not out.scale > 0.0:
+    static = isinstance(out.scale, float) and out.scale > 0.0
+    if out.dtype != "int8" or not static or out.keep:
         raise UnsupportedPrecision("quantize", f"{out}", "fp32, or int8 with a static scale > 0")
-    return out.scale
+    return float(out.scale)  # type: ignore[arg-type]

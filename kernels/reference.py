@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,8 @@ from samp_kernels.interface import (
     check_attention,
     check_embedding,
     check_gemm,
+    check_kept,
+    check_weight,
 )
 from scipy.special import erf
 
@@ -42,18 +45,17 @@ class ReferenceBackend:
         quantized = {("gemm", "int8", "static"), ("gemm", "int8", "token")}
         kinds = (("fp32", ""), ("int8", "static"))
         attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in kinds}
-        return frozenset({("gemm", "fp32", ""), ("gemm", "residual", "")} | quantized | attention)
+        base = {("gemm", "fp32", ""), ("gemm", "residual", ""), ("gemm", "outliers", "")}
+        return frozenset(base | quantized | attention)
 
     def array(self, x: Array) -> Array:
         return np.asarray(x, dtype=np.float64)
 
     def pack(self, weight: Weight, precision: str) -> Weight:
-        _require("pack", precision)
-        if (precision == "int8") != (weight.scale is not None):
-            raise KernelError("pack", f"{precision} with dtype {weight.data.dtype}", "int8 + scale")
+        check_weight(weight, precision)
         if weight.scale is None:
             return Weight(weight.data.astype(np.float64))
-        return Weight(weight.data.astype(np.int64), weight.scale)
+        return replace(weight, data=weight.data.astype(np.int64))
 
     def embed_layernorm(
         self,
@@ -86,6 +88,10 @@ class ReferenceBackend:
             scale = np.asarray(x.scale, dtype=np.float64)
             rows = scale[:, None] if scale.ndim == 1 else scale
             y = sums.astype(np.float64) * rows * packed.scale.astype(np.float64)
+            check_kept(x, 0 if packed.outliers is None else len(packed.outliers))
+            if x.kept is not None:
+                assert packed.outlier_weight is not None
+                y = y + x.kept @ packed.outlier_weight.astype(np.float64).T
             self.ran = ("int8",)
         else:
             y = x @ packed.data.T
@@ -142,11 +148,14 @@ class ReferenceBackend:
         if out.dtype != "int8" or out.scale is None:
             raise UnsupportedPrecision("quantize", f"{out}", "fp32, or int8 with a scale")
         if out.scale == "token":
+            if out.keep:
+                raise UnsupportedPrecision("quantize", f"{out}", "keep with a static scale")
             scale = np.maximum(np.abs(x).max(axis=-1), 1e-30) / 127.0
             return QTensor(_round_clip(x / scale[:, None]), scale, x.shape)
         if not out.scale > 0.0:
             raise UnsupportedPrecision("quantize", f"{out}", "a scale > 0")
-        return QTensor(_round_clip(x / float(out.scale)), float(out.scale), x.shape)
+        kept = x[:, list(out.keep)] if out.keep else None
+        return QTensor(_round_clip(x / float(out.scale)), float(out.scale), x.shape, kept)
 
     def pool(self, x: Any, cu_seqlens: Array, how: Literal["first", "mean"]) -> Array:
         if how == "first":

@@ -26,6 +26,10 @@ LENGTHS = (7, 1, 12, 7, 3)
 
 @cache
 def backend(name: str) -> Backend:
+    if name == "cpu":
+        from samp_kernels.cpu.backend import CpuBackend
+
+        return CpuBackend(THREADS)
     return OneDnnBackend(THREADS) if name == "onednn" else ReferenceBackend()
 
 

@@ -9,7 +9,7 @@ import pytest
 from bert import backend
 from samp_kernels.interface import Array, QTensor
 
-BACKENDS = ("reference", "onednn")
+BACKENDS = ("reference", "onednn", "cpu")
 
 # fp32: largest error over the largest magnitude of the expected result, or over 1: operands are
 # of that size, and a GELU of them near 0 is a difference.
@@ -17,8 +17,10 @@ BACKENDS = ("reference", "onednn")
 TOLERANCE = {
     ("reference", "fp32"): 1e-13,
     ("onednn", "fp32"): 5e-6,
+    ("cpu", "fp32"): 5e-6,
     ("reference", "int8"): 0.0,
     ("onednn", "int8"): 1e-3,
+    ("cpu", "int8"): 1e-3,
 }
 
 
@@ -43,8 +45,10 @@ def quantized(name: str, q: Array, scale: float) -> QTensor:
     import torch
 
     data: Any = q.astype(np.int8)
+    if name != "reference":
+        data = (q + 128).astype(np.uint8)
     if name == "onednn":
-        data = torch.from_numpy((q + 128).astype(np.uint8))
+        data = torch.from_numpy(data)
     return QTensor(data, scale, tuple(q.shape))
 
 

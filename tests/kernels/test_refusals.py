@@ -87,9 +87,9 @@ def test_gemm_refuses(name: str, kind: str) -> None:
 @every_backend
 def test_gemm_refuses_another_storage(name: str) -> None:
     needs(name, "int8")
-    data: Any = np.zeros((3, 8), np.uint8)
+    data: Any = np.zeros((3, 8), np.uint8 if name == "reference" else np.int8)
     if name == "onednn":
-        data = torch.zeros(3, 8, dtype=torch.int8)
+        data = torch.from_numpy(data)
     with pytest.raises(KernelError, match=r"gemm: got .*int8 activations; allowed: u?int8"):
         call_gemm(name, "int8", x=QTensor(data, 1.0, (3, 8)))
 
@@ -186,6 +186,12 @@ def test_capabilities_run(name: str) -> None:
         elif precision == "residual":
             y = call_gemm(name, residual=b.array(np.ones((3, 5))))
             assert np.array_equal(b.to_host(y), np.ones((3, 5)))
+        elif precision == "outliers":
+            columns = np.array([2], np.int32), np.full((5, 1), 0.5, np.float32)
+            weight = Weight(np.zeros((5, 24), np.int8), np.ones(5, np.float32), *columns)
+            q = b.quantize(b.array(x), Out("int8", 0.1, keep=(2,)))
+            y = b.gemm(q, b.pack(weight, "int8"), b.array(np.zeros(5)), out=Out())
+            assert np.allclose(b.to_host(y), 0.5 * x[:, [2]], atol=1e-6)
         else:
             assert op == "gemm"
             weight = Weight(np.ones((5, 24), np.float32))
