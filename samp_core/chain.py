@@ -1,0 +1,81 @@
+"""A plan as a chain of decisions: the nodes that a search sets, in the order in which they run.
+
+A node is one GEMM, or `scores` and `context` of a layer together: one kernel runs both. Its
+neighbours matter because an op writes its result in the type that the next node reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from samp_core.plan import Plan, Recipe, SitePlan
+
+FLOAT = SitePlan("fp32")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One decision: `options[0]` is fp32 everywhere; an option maps each site to what it runs."""
+
+    name: str
+    layer: int
+    sites: tuple[str, ...]
+    options: tuple[Mapping[str, SitePlan], ...]
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """What each option is called: the precision of the sites that it changes."""
+        return tuple(
+            next((e.precision for e in option.values() if e.precision != "fp32"), "fp32")
+            for option in self.options
+        )
+
+
+def chain(layers: int, sites: Sequence[str], recipe: Recipe) -> tuple[Node, ...]:
+    """The nodes of an encoder; `sites` are the kinds that the backend can run in int8."""
+    nodes = []
+    for layer in range(layers):
+        for name, kinds in (
+            ("qkv", ("qkv",)),
+            ("attention", ("scores", "context")),
+            ("out", ("out",)),
+            ("ffn_in", ("ffn_in",)),
+            ("ffn_out", ("ffn_out",)),
+        ):
+            full = tuple(f"layer.{layer}.{kind}" for kind in kinds)
+            options: list[Mapping[str, SitePlan]] = [dict.fromkeys(full, FLOAT)]
+            if any(kind in sites for kind in kinds):
+                int8 = SitePlan("int8", recipe)
+                options.append(
+                    {
+                        site: int8 if kind in sites else FLOAT
+                        for site, kind in zip(full, kinds, strict=True)
+                    }
+                )
+            nodes.append(Node(f"layer.{layer}.{name}", layer, full, tuple(options)))
+    return tuple(nodes)
+
+
+def plan_of(base: Plan, nodes: Sequence[Node], choice: Sequence[int]) -> Plan:
+    """The plan in which each node runs the option of that place."""
+    sites: dict[str, SitePlan] = {}
+    for node, option in zip(nodes, choice, strict=True):
+        sites.update(node.options[option])
+    return replace(base, sites=sites, mode=None)
+
+
+def choice_of(plan: Plan, nodes: Sequence[Node]) -> tuple[int, ...]:
+    """The options that a plan runs. ValueError if one of its sites runs something else."""
+    chosen = []
+    for node in nodes:
+        wanted = {site: plan.precision(site) for site in node.sites}
+        found = [
+            index
+            for index, option in enumerate(node.options)
+            if {site: entry.precision for site, entry in option.items()} == wanted
+        ]
+        if not found:
+            raise ValueError(f"{node.name}: {wanted} is none of {node.precisions}")
+        chosen.append(found[0])
+    return tuple(chosen)

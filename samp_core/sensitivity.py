@@ -1,0 +1,287 @@
+"""What the task loses when one node of the chain changes precision, alone.
+
+Measured: the mean KL divergence to the float model's outputs over the search split, the layers
+before the node computed once. Cheap, from one forward and two backward passes over a few rows:
+scores that order the work, and stand in for what a time budget leaves unmeasured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from samp_kernels.interface import F32, Array, Batch
+
+from samp_core.chain import Node, plan_of
+from samp_core.encoder import LayerInput
+from samp_core.heads import softmax_divergence
+from samp_core.pipeline import batches
+from samp_core.plan import Plan, Recipe
+from samp_core.quantize import quantize_weight
+from samp_core.workbench import Split, Workbench
+
+if TYPE_CHECKING:
+    from samp_core.torch_encoder import Tap, Tensor
+
+KEPT_BYTES = 1 << 30
+"""Hidden states kept while measuring; a split that needs more is measured on an even share."""
+CHEAP_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Score:
+    """One node in int8, every other in fp32; losses in nats a row.
+
+    signed: gradient of the task's loss times the quantization error of the node's input, mean and
+    standard error over rows (arXiv 2207.10083, section 3). signed_whole: the same of its output,
+    so with the error of its weights. fisher: half the mean squared product of its output's error
+    with the Fisher information's root, the second-order KL. sqnr_db: its output's signal to noise.
+    kl: measured; None where the budget did not reach it.
+    """
+
+    node: str
+    precision: str
+    fisher: float | None
+    sqnr_db: float
+    signed: float | None = None
+    signed_error: float | None = None
+    signed_whole: float | None = None
+    signed_whole_error: float | None = None
+    kl: float | None = None
+
+
+def cheap_scores(
+    bench: Workbench, base: Plan, nodes: Sequence[Node], split: Split, rows: int = CHEAP_ROWS
+) -> dict[str, Score]:
+    """Scores without `kl` of every node with a choice, by name; `base` carries the scales.
+
+    Over so many rows, evenly spread.
+    """
+    movable = [node for node in nodes if len(node.options) > 1]
+    if not movable:
+        return {}
+
+    def make() -> list[dict[str, Any]]:
+        return [asdict(score) for score in _Cheap(bench, base, movable).over(split, rows)]
+
+    everything = plan_of(base, nodes, [len(node.options) - 1 for node in nodes])
+    key = bench.key(everything, split) | {"rows": rows}
+    made = [Score(**fields) for fields in bench.cache.json("cheap", key, make)]
+    return {score.node: score for score in made}
+
+
+def measured_kl(
+    bench: Workbench,
+    base: Plan,
+    nodes: Sequence[Node],
+    split: Split,
+    order: Sequence[str],
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """KL of each node alone, in that order of names until `stop`; what is cached costs nothing."""
+    by_name = {node.name: node for node in nodes}
+    float_plan = plan_of(base, nodes, [0] * len(nodes))
+    prefixes = _Prefixes(bench, float_plan, split)
+    step = bench.progress("sensitivity: one site at a time", len(order))
+    found: dict[str, float] = {}
+    for name in order:
+        node = by_name[name]
+        plan = plan_of(base, nodes, [int(other.name == name) for other in nodes])
+        key = bench.key(plan, split) | {"kept_bytes": KEPT_BYTES}
+        if not stop() or bench.cache.has("kl", key):
+            found[name] = float(bench.cache.json("kl", key, lambda: prefixes.kl(plan, node)))  # noqa: B023
+        step()
+    return found
+
+
+def estimated(scores: Mapping[str, Score]) -> dict[str, float]:
+    """KL of every node: as measured, else its cheap score times the median ratio of the measured.
+
+    fisher where the head has a gradient, else the noise power 10^(-sqnr / 10).
+    """
+
+    def cheap(score: Score) -> float:
+        power = 10.0 ** (-score.sqnr_db / 10.0)
+        return max(power if score.fisher is None else score.fisher, 1e-15)
+
+    ratios = [s.kl / cheap(s) for s in scores.values() if s.kl is not None and s.kl > 0.0]
+    ratio = float(np.median(ratios)) if ratios else 1.0
+    return {
+        name: cheap(score) * ratio if score.kl is None else max(score.kl, 0.0)
+        for name, score in scores.items()
+    }
+
+
+def with_kl(scores: Mapping[str, Score], found: Mapping[str, float]) -> dict[str, Score]:
+    return {name: replace(score, kl=found.get(name)) for name, score in scores.items()}
+
+
+class _Prefixes:
+    """The float model's hidden states before every layer, over a split; made when first needed."""
+
+    def __init__(self, bench: Workbench, plan: Plan, split: Split) -> None:
+        self._bench = bench
+        self._plan = plan
+        self._split = split
+        self._starts: list[list[LayerInput]] = []
+        self._places: Array = np.empty(0, int)
+        self._reference: F32 | None = None
+
+    def kl(self, plan: Plan, node: Node) -> float:
+        """The layers from the node's own on, under a plan that changes nothing before them."""
+        if self._reference is None:
+            self._starts = self._begin()
+            last = self._bench.checkpoint.config.layers - 1
+            self._reference = self._logits(self._plan, last)
+        return self._bench.divergence(self._reference, self._logits(plan, node.layer))
+
+    def _begin(self) -> list[list[LayerInput]]:
+        packed = batches(self._bench.pieces(self._split))
+        packed = even_share(packed, self._bench.checkpoint.config)
+        self._places = np.argsort(np.concatenate([places for _, places in packed]))
+        session = self._bench.loop_session(self._plan)
+        step = self._bench.progress("sensitivity: float layers", len(packed))
+        starts = []
+        for batch, _ in packed:
+            starts.append(session.layer_inputs(batch))
+            step()
+        return starts
+
+    def _logits(self, plan: Plan, layer: int) -> F32:
+        head = self._bench.head
+        session = self._bench.loop_session(plan)
+        features = [session.run_from(kept[layer], head.encoder_output) for kept in self._starts]
+        if head.rows is not None:  # a token head's linear layer ran in the encoder
+            return np.concatenate(features)
+        return np.concatenate([head.logits(self._bench.head_weights, f) for f in features])[
+            self._places
+        ]
+
+
+def even_share(packed: Sequence[tuple[Batch, Array]], config: Any) -> list[tuple[Batch, Array]]:
+    """As many batches, evenly spread, as have hidden states of at most KEPT_BYTES."""
+    tokens = sum(batch.tokens for batch, _ in packed)
+    size = 4 * config.hidden * config.layers * tokens
+    count = max(1, min(len(packed), int(len(packed) * KEPT_BYTES / max(size, 1))))
+    places = np.linspace(0, len(packed) - 1, count).astype(int)
+    return [packed[place] for place in places.tolist()]
+
+
+class _Cheap:
+    """Sums over rows for the scores of every node."""
+
+    def __init__(self, bench: Workbench, base: Plan, nodes: Sequence[Node]) -> None:
+        import torch
+
+        from samp_core import torch_encoder
+
+        self._torch, self._encoder = torch, torch_encoder
+        self._bench, self._base, self._nodes = bench, base, nodes
+        torch.set_num_threads(bench.threads)
+        tensors = {k: v for k, v in bench.checkpoint.tensors.items() if v.dtype.kind == "f"}
+        self._tensors = torch_encoder.as_tensors(tensors)
+        inside = {k: v for k, v in tensors.items() if k.startswith("classifier.")}
+        own = bench.head.divergence is not softmax_divergence
+        self._head = torch_encoder.as_tensors({} if own else bench.head_weights or inside)
+        self._generator = torch.Generator().manual_seed(0)
+        self._rows: dict[tuple[str, str], list[Array]] = {}
+        self._power = {node.name: np.zeros(2) for node in nodes}
+
+    def over(self, split: Split, rows: int) -> list[Score]:
+        pieces = self._bench.pieces(split)
+        places = np.unique(np.linspace(0, len(pieces) - 1, rows).astype(int))
+        packed = batches([pieces[i] for i in places.tolist()])
+        step = self._bench.progress("sensitivity: gradients", len(packed))
+        one_class = self._bench.task.gold == "label"
+        labels = np.asarray(split.gold)[places] if one_class else None
+        for batch, group in packed:
+            self._batch(batch, None if labels is None else labels[group])
+            step()
+        return [self._score(node) for node in self._nodes]
+
+    def _batch(self, batch: Batch, labels: Array | None) -> None:
+        torch = self._torch
+        config, output = self._bench.checkpoint.config, self._bench.head.encoder_output
+        feature, taps = self._encoder.forward(self._tensors, config, batch, output)
+        by_name = {tap.name: tap for tap in taps}
+        chosen = [by_name[node.name] for node in self._nodes]
+        outputs = [tap.y for tap in chosen]
+        gradients: dict[str, Sequence[Tensor]] = {}
+        logits = self._encoder.head_logits(self._head, feature)
+        if logits is not None:
+            if labels is not None:
+                gold = torch.from_numpy(labels.astype(np.int64))
+                loss = torch.nn.functional.cross_entropy(logits, gold, reduction="sum")
+                gradients["signed"] = torch.autograd.grad(loss, outputs, retain_graph=True)
+            # v = sum_c e_c sqrt(p_c) (1_c - p), e = +-1: E[(v . dz)^2] = dz^T (diag p - p p^T) dz
+            p = torch.softmax(logits.detach(), dim=-1)
+            signs = torch.randint(0, 2, p.shape, generator=self._generator) * 2.0 - 1.0
+            root = signs * p.sqrt()
+            scalar = (logits * (root - p * root.sum(-1, keepdim=True))).sum()
+            gradients["fisher"] = torch.autograd.grad(scalar, outputs)
+        lengths = torch.from_numpy(np.diff(batch.cu_seqlens).astype(np.int64))
+        row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        with torch.no_grad():
+            for place, (node, tap) in enumerate(zip(self._nodes, chosen, strict=True)):
+                whole, from_input = self._errors(node, tap, batch)
+                self._power[node.name] += [float((tap.y**2).sum()), float((whole**2).sum())]
+                for kind, error in (
+                    ("fisher", whole), ("signed", from_input), ("signed_whole", whole),
+                ):  # fmt: skip
+                    found = gradients.get(kind.removesuffix("_whole"))
+                    if found is not None:
+                        each = torch.zeros(len(lengths), dtype=torch.float64)
+                        each.index_add_(0, row, (found[place] * error).sum(1).double())
+                        self._rows.setdefault((node.name, kind), []).append(each.numpy())
+
+    def _errors(self, node: Node, tap: Tap, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The error of the node's output in int8, and the part of it that its input makes."""
+        round8 = self._encoder.rounded_to_int8
+        scales, option = self._base.scales, node.options[1]
+        if len(node.sites) > 1:
+            scores, context = node.sites
+            scale = {}
+            if option[scores].precision != "fp32":
+                scale.update({part: scales[f"{scores}.{part}_scale"] for part in "qk"})
+            if option[context].precision != "fp32":
+                scale.update({part: scales[f"{context}.{part}_scale"] for part in "pv"})
+
+            def rounded(part: str, x: Tensor) -> Tensor:
+                return round8(x, scale[part]) if part in scale else x
+
+            heads, bounds = self._bench.checkpoint.config.heads, batch.cu_seqlens.tolist()
+            error = self._encoder.attention(tap.x, bounds, heads, rounded) - tap.y
+            return error, error
+        (site,) = node.sites
+        recipe = option[site].recipe or Recipe()
+        weight = self._tensors[f"{site}.weight"]
+        if recipe.activation == "token":
+            scale_x: Any = tap.x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
+        else:
+            scale_x = scales[f"{site}.input_scale"]
+        x = round8(tap.x, scale_x)
+        q, scale_w = quantize_weight(self._bench.checkpoint.tensors[f"{site}.weight"], recipe)
+        stored = self._torch.from_numpy(q.astype(np.float32) * scale_w[:, None])
+        from_input = (x - tap.x) @ weight.T
+        return from_input + x @ (stored - weight).T, from_input
+
+    def _score(self, node: Node) -> Score:
+        def mean(kind: str) -> tuple[float | None, float | None]:
+            if (node.name, kind) not in self._rows:
+                return None, None
+            values = np.concatenate(self._rows[node.name, kind])
+            return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+        signal, noise = self._power[node.name]
+        rows = self._rows.get((node.name, "fisher"))
+        squares = None if rows is None else float(0.5 * (np.concatenate(rows) ** 2).mean())
+        return Score(
+            node.name,
+            node.precisions[1],
+            squares,
+            float(10.0 * np.log10(signal / max(noise, 1e-300))),
+            *mean("signed"),
+            *mean("signed_whole"),
+        )
