@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -97,33 +97,12 @@ def versions(**more: str) -> dict[str, str]:
     }
 
 
-def limits(threads: int) -> dict[str, float]:
-    """What the machine can do: int8 GOP/s of a large oneDNN GEMM, GB/s of reading memory."""
-    import torch
-    from samp_kernels.interface import Out, Weight
-    from samp_kernels.onednn import OneDnnBackend
-
-    backend = OneDnnBackend(threads)
-    memory = torch.zeros(1 << 28)
-    found = {"gbps": memory.nbytes / _best(lambda: memory.sum()) / 1e9}
-    if ("gemm", "int8", "static") in backend.capabilities():
-        rows, inner, outputs = 1024, 2048, 2048
-        rng = np.random.default_rng(0)
-        weight = rng.integers(-127, 128, (outputs, inner)).astype(np.int8)
-        packed = backend.pack(Weight(weight, np.ones(outputs, dtype=np.float32)), "int8")
-        x = backend.array(rng.standard_normal((rows, inner)).astype(np.float32))
-        quantized = backend.quantize(x, Out("int8", 0.03))
-        bias, out = backend.array(np.zeros(outputs)), Out("int8", 3.0)
-        seconds = _best(lambda: backend.gemm(quantized, packed, bias, out=out))
-        found["int8_gops"] = 2 * rows * inner * outputs / seconds / 1e9
-    return {name: round(value, 1) for name, value in found.items()}
-
-
-def quantiles(values: Sequence[float]) -> dict[str, float]:
+def quantiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """median, p10, p90, p95, p99 and n, the numbers in milliseconds as given."""
     p10, p50, p90, p95, p99 = np.percentile(values, [10, 50, 90, 95, 99])
-    shown = {"median": p50, "p10": p10, "p90": p90, "p95": p95, "p99": p99}
-    return {**{name: round(float(value), 3) for name, value in shown.items()}, "n": len(values)}
+    found = {"median": p50, "p10": p10, "p90": p90, "p95": p95, "p99": p99}
+    shown = {name: round(float(value), digits) for name, value in found.items()}
+    return {**shown, "n": len(values)}
 
 
 def write_result(
@@ -160,15 +139,3 @@ def write_result(
     temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
-
-
-def _best(run: Callable[[], object], seconds: float = 0.6) -> float:
-    """Seconds of the fastest of many calls."""
-    run()
-    best = float("inf")
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        begun = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begun)
-    return best

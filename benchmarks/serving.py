@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import limits
 import machine
 import plain_peer
 from rich.console import Console
@@ -330,7 +331,7 @@ def main() -> None:
         found = measure_load(client, arms, options)
         others = bystanders.share()
     lengths = token_lengths(options.checkpoint, texts, build.max_length)
-    peaks = machine.limits(threads)
+    peaks = limits.limits(threads)
     shape = json.loads((options.checkpoint / "config.json").read_text())
     keys = {"hidden": "hidden_size", "ffn": "intermediate_size", "layers": "num_hidden_layers"}
     gop = gop_a_text({ours: shape[theirs] for ours, theirs in keys.items()}, lengths)
