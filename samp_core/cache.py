@@ -106,6 +106,7 @@ def code_sha256() -> str:
         "bio",
         "calibrate",
         "chain",
+        "costs",
         "checkpoint",
         "encoder",
         "latency",

@@ -1,0 +1,179 @@
+"""What each node costs on this device, from time stamps inside whole passes.
+
+A GEMM timed in a loop has its weights in cache; here every op is stamped where it runs. An op's
+time depends on what its node runs and on what the next node reads (it writes that type), so that
+the table is one of edges: edge i leads from node i to node i + 1, with a matrix of milliseconds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from samp_kernels.interface import Session
+
+from samp_core import latency
+from samp_core.chain import Node, plan_of
+from samp_core.latency import Bucket
+from samp_core.plan import Plan
+from samp_core.workbench import Split, Workbench, device
+
+ROUNDS = {"1": 24, "8": 12, "32": 6}
+
+Choice = tuple[int, ...]
+Edges = tuple[tuple[tuple[float, ...], ...], ...]
+"""Edge -> options of the node before it -> options of the node after it -> milliseconds.
+
+The first edge leads from nothing (one option) to the first node, the last to nothing.
+"""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """By bucket: the edges, and what a pass costs beside all of them (head included)."""
+
+    edges: Mapping[str, Edges]
+    base_ms: Mapping[str, float]
+
+    def total(self, choice: Sequence[int], bucket: str) -> float:
+        """Modelled milliseconds of one pass."""
+        path = (0, *choice, 0)
+        steps = zip(self.edges[bucket], path[:-1], path[1:], strict=True)
+        return self.base_ms[bucket] + sum(edge[before][after] for edge, before, after in steps)
+
+    def weighted(self, mix: Mapping[str, float]) -> Edges:
+        """One table of edges for a mix of buckets."""
+        names = list(mix)
+        tables = [self.edges[name] for name in names]
+        return tuple(
+            tuple(
+                tuple(
+                    float(sum(mix[n] * v for n, v in zip(names, values, strict=True)))
+                    for values in zip(*rows, strict=True)
+                )
+                for rows in zip(*edge, strict=True)
+            )
+            for edge in zip(*tables, strict=True)
+        )
+
+
+def covering(sizes: Sequence[int]) -> list[Choice]:
+    """Choices in which every pair of neighbours takes every pair of options, K^2 for K options.
+
+    Node i takes (a + b i) mod K for all a and b: the pair at (i, i + 1) determines b, then a.
+    """
+    most = max(sizes, default=1)
+    found = [
+        tuple((a + b * place) % most % size for place, size in enumerate(sizes))
+        for b in range(most)
+        for a in range(most)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def measured(
+    bench: Workbench, base: Plan, nodes: Sequence[Node], split: Split, mix: Mapping[str, float]
+) -> CostTable:
+    """The table on this device for the buckets of a mix; found again in the cache."""
+    choices = covering([len(node.options) for node in nodes])
+    plans = [plan_of(base, nodes, choice) for choice in choices]
+
+    def make() -> dict[str, dict[str, object]]:
+        position_offset = bench.checkpoint.config.position_offset
+        shapes = [
+            shape
+            for shape in latency.buckets(bench.pieces(split), position_offset)
+            if shape.name in mix
+        ]
+        step = bench.progress("measure each site's time", sum(ROUNDS[s.name] for s in shapes))
+        sessions = [bench.session(plan) for plan in plans]
+        result: dict[str, dict[str, object]] = {}
+        for shape in shapes:
+            stamps, whole = _stamp(bench, sessions, nodes, shape, step)
+            edges, base_ms = fit(choices, [len(n.options) for n in nodes], stamps, whole)
+            result[shape.name] = {"edges": edges, "base_ms": base_ms}
+        return result
+
+    key = {
+        "plans": [plan.key() for plan in plans],
+        "mix": sorted(mix),
+        "rounds": ROUNDS,
+        "device": device(bench.threads),
+        **bench.key(bench.base_plan(), split),
+    }
+    made = bench.cache.json("costs", key, make)
+    return CostTable(
+        {
+            name: tuple(tuple(tuple(row) for row in edge) for edge in found["edges"])
+            for name, found in made.items()
+        },
+        {name: found["base_ms"] for name, found in made.items()},
+    )
+
+
+def fit(
+    choices: Sequence[Choice],
+    sizes: Sequence[int],
+    stamps: Sequence[Sequence[float]],
+    whole: Sequence[float],
+) -> tuple[Edges, float]:
+    """Edges from the milliseconds of each choice's nodes (what leads in first), and the rest.
+
+    A pair that several choices took is their mean; the rest is the mean of whole passes less
+    their edges.
+    """
+    counts = (1, *sizes, 1)
+    sums = [np.zeros((a, b)) for a, b in itertools.pairwise(counts)]
+    seen = [np.zeros_like(edge) for edge in sums]
+    for choice, times in zip(choices, stamps, strict=True):
+        path = (0, *choice, 0)
+        for place, ms in enumerate(times):
+            sums[place][path[place], path[place + 1]] += ms
+            seen[place][path[place], path[place + 1]] += 1
+    means = [edge / np.maximum(count, 1) for edge, count in zip(sums, seen, strict=True)]
+    edges = tuple(tuple(tuple(map(float, row)) for row in edge) for edge in means)
+    table = CostTable({"": edges}, {"": 0.0})
+    rest = [ms - table.total(choice, "") for choice, ms in zip(choices, whole, strict=True)]
+    return edges, float(np.mean(rest))
+
+
+def _stamp(
+    bench: Workbench,
+    sessions: Sequence[Session],
+    nodes: Sequence[Node],
+    bucket: Bucket,
+    progress: Callable[[], None],
+) -> tuple[list[list[float]], list[float]]:
+    """Median milliseconds of every node of each session, what leads in first, and of the pass.
+
+    The sessions take turns in a shuffled order; each turn runs once unmeasured first. The pass is
+    the one with the stamps, and the head's own time.
+    """
+    place = {"embeddings": 0}
+    for index, node in enumerate(nodes, start=1):
+        place.update(dict.fromkeys((node.name, *node.sites), index))
+    head, output = bench.head, bench.head.encoder_output
+    generator = np.random.default_rng(0)
+    stamps: list[list[list[float]]] = [[] for _ in sessions]
+    whole: list[list[float]] = [[] for _ in sessions]
+    for _ in range(ROUNDS[bucket.name]):
+        for index in generator.permutation(len(sessions)).tolist():
+            session: Any = sessions[index]
+            feature = session.run(bucket.batch, output=output)
+            for _ in range(3):
+                begin = time.perf_counter()
+                head.logits(bench.head_weights, feature)
+                stamped = session.profile(bucket.batch, output)
+                whole[index].append((time.perf_counter() - begin) * 1e3)
+                times = [0.0] * (len(nodes) + 1)
+                for _, site, seconds in stamped:
+                    if site in place:
+                        times[place[site]] += seconds * 1e3
+                stamps[index].append(times)
+        progress()
+    medians = [np.median(np.array(rows), axis=0).tolist() for rows in stamps]
+    return medians, [float(np.median(values)) for values in whole]

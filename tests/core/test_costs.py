@@ -1,0 +1,89 @@
+"""The table of edges: every pair is met, and what is fitted is what was stamped."""
+
+from __future__ import annotations
+
+import itertools
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from separable import small
+
+from samp_core import costs
+from samp_core.build import open_workbench, plan_modes, read_splits
+from samp_core.chain import chain, choice_of, plan_of
+from samp_core.config import load_config
+from samp_core.costs import CostTable, covering, fit
+from samp_core.plan import Recipe
+from samp_core.workbench import silent
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12))
+def test_every_pair_of_neighbours_is_met(sizes: list[int]) -> None:
+    choices = covering(sizes)
+    assert len(choices) == len(set(choices)) <= max(sizes) ** 2
+    for place, (before, after) in enumerate(pairwise(sizes)):
+        met = {(choice[place], choice[place + 1]) for choice in choices}
+        assert met == set(itertools.product(range(before), range(after)))
+    for place, size in enumerate(sizes):
+        assert {choice[place] for choice in choices} == set(range(size))
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(0, 1000))
+def test_an_additive_device_is_fitted_exactly(sizes: list[int], seed: int) -> None:
+    """Times made of edges and a constant: any plan's total comes out, met or not."""
+    rng = np.random.default_rng(seed)
+    counts = [1, *sizes, 1]
+    true = [rng.uniform(0, 1, (a, b)) for a, b in pairwise(counts)]
+
+    def stamped(choice: tuple[int, ...]) -> list[float]:
+        path = (0, *choice, 0)
+        return [float(edge[a, b]) for edge, (a, b) in zip(true, pairwise(path), strict=True)]
+
+    choices = covering(sizes)
+    stamps = [stamped(choice) for choice in choices]
+    edges, base = fit(choices, sizes, stamps, [sum(times) + 0.25 for times in stamps])
+    assert base == pytest.approx(0.25)
+    table = CostTable({"1": edges, "8": edges}, {"1": base, "8": base})
+    for choice in itertools.product(*map(range, sizes)):
+        assert table.total(choice, "1") == pytest.approx(sum(stamped(choice)) + 0.25)
+    mixed = table.weighted({"1": 0.5, "8": 1.5})
+    for edge, half in zip(edges, mixed, strict=True):
+        np.testing.assert_allclose(np.array(half), 2 * np.array(edge))
+
+
+@pytest.mark.parametrize("backend", ["onednn", "reference"])
+def test_the_stamps_of_a_device(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stamps lie inside the pass, every site has some, and the cache knows them."""
+    monkeypatch.setattr(costs, "ROUNDS", {"1": 2, "8": 1, "32": 1})
+    yaml = small().yaml(tmp_path / "b.yaml", out=str(tmp_path / "out"), backend=backend)
+    config = load_config(yaml, {})
+    bench = open_workbench(config, silent)
+    splits = read_splits(config, [])
+    search = bench.split(splits.search)
+    modes: dict[str, Any] = plan_modes(config, bench, bench.split(splits.calibration), search)
+    if "full(3)" not in modes:
+        pytest.skip("no int8 on this CPU")
+    full = modes["full(3)"]
+    nodes = chain(3, bench.quantizable(), Recipe())
+    every = [len(node.options) - 1 for node in nodes]
+    assert plan_of(full, nodes, every).key() == full.key()
+    assert choice_of(full, nodes) == tuple(every)
+    table = costs.measured(bench, full, nodes, search, {"1": 1.0, "8": 0.5})
+    for bucket in ("1", "8"):
+        for place, node in enumerate(nodes, start=1):
+            times = np.array(table.edges[bucket][place])
+            after = 1 if place == len(nodes) else len(nodes[place].options)
+            assert times.shape == (len(node.options), after)
+            assert (times > 0).all(), f"{node.name} was never stamped"
+        assert table.total(every, bucket) > 0
+    before = bench.cache.misses
+    assert costs.measured(bench, full, nodes, search, {"1": 1.0, "8": 0.5}) == table
+    assert bench.cache.misses == before
+    bench.close()
