@@ -3,6 +3,7 @@
 #   PYTHON=...       the interpreter of the environment (3.11 or 3.12 with a shared libpython)
 #   TORCH_INDEX=...  address of PyTorch's index of CPU wheels: a smaller torch, without CUDA
 #   PYTEST=...       arguments for pytest, e.g. make test PYTEST="tests/core -x"
+#   BENCH=...        arguments for one benchmark, e.g. make bench-encoder BENCH="--quick"
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3)
 TORCH_INDEX ?=
 PYTEST ?=
+BENCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +40,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test lint format bench serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test lint format bench bench-encoder bench-served bench-serving peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,8 +98,24 @@ format: $(VENV)/.ok ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: demo-checkpoint ## serving benchmark beside a plain Triton model (a quiet machine, 10 minutes)
+bench: demo-checkpoint peers ## every benchmark (a quiet machine, 45 minutes)
+	@$(BIN)/python benchmarks/encoder.py
+	@$(BIN)/python benchmarks/served_encoder.py
 	@$(BIN)/python benchmarks/serving.py
+
+bench-encoder: $(VENV)/.native peers ## our CPU encoder beside OpenVINO, ONNX Runtime and torch
+	@$(BIN)/python benchmarks/encoder.py $(BENCH)
+
+bench-served: $(VENV)/.native ## the same encoder through a Triton: share of its own throughput
+	@$(BIN)/python benchmarks/served_encoder.py $(BENCH)
+
+bench-serving: demo-checkpoint ## the demo's tiers beside a plain Triton model
+	@$(BIN)/python benchmarks/serving.py $(BENCH)
+
+peers: $(VENV)/.ok ## OpenVINO and ONNX Runtime into .venv, for the encoder benchmark
+	@test -e $(VENV)/.peers -a $(VENV)/.peers -nt $(VENV)/.ok || \
+	    { SAMP_NATIVE=0 $(PIP) -c constraints.txt $(TORCH) -e '.[dev,embedded,peers]' \
+	    && touch $(VENV)/.peers; } || echo "peers: not installed; the benchmark leaves them out"
 
 serve: $(VENV)/.ok ## serve the demo's tiers (after make demo)
 	@$(BIN)/samp serve model_repository/film-reviews
