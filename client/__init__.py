@@ -19,21 +19,37 @@ from samp_client.errors import (
     UnknownTier,
     UserError,
 )
-from samp_client.records import ABRecord, Outcome, Prediction
+from samp_client.records import (
+    ABRecord,
+    Answer,
+    EmbeddingPrediction,
+    Entity,
+    EntityPrediction,
+    LabelsPrediction,
+    Outcome,
+    Prediction,
+    ScorePrediction,
+)
 from samp_client.server_times import Counters, StepTime, TierTimes
 from samp_client.sticky import sticky_arm
 
 __all__ = [
     "DEFAULT_TIER",
     "ABRecord",
+    "Answer",
     "BadRequest",
     "BatchTooLarge",
     "Client",
     "ClientError",
     "Counters",
     "DeadlineExceeded",
+    "EmbeddingPrediction",
+    "Entity",
+    "EntityPrediction",
+    "LabelsPrediction",
     "Outcome",
     "Prediction",
+    "ScorePrediction",
     "ServerError",
     "ServerFault",
     "StepTime",

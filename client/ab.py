@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from samp_client.errors import BadRequest, ClientError
-from samp_client.records import ABRecord
+from samp_client.records import ABRecord, Row
 
 if TYPE_CHECKING:
     from samp_client.api import Client
@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]
 
 def collect(
     client: Client,
-    texts: Sequence[str | bytes],
+    texts: Sequence[Row],
     control: str,
     candidate: str,
     *,
@@ -55,9 +55,7 @@ def collect(
     return records
 
 
-def _ask(
-    client: Client, name: str, text: str | bytes, tier: str, timeout_s: float | None
-) -> ABRecord:
+def _ask(client: Client, name: str, text: Row, tier: str, timeout_s: float | None) -> ABRecord:
     start = time.perf_counter()
     try:
         (answer,) = client.predict([text], tier, timeout_s)

@@ -6,19 +6,33 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-from samp_client import ab, batches, discovery, errors
+from samp_client import ab, answers, batches, discovery, errors
 from samp_client.discovery import TierInfo
-from samp_client.records import ABRecord, Outcome, Prediction
+from samp_client.records import (
+    ABRecord,
+    Answer,
+    EmbeddingPrediction,
+    EntityPrediction,
+    LabelsPrediction,
+    Outcome,
+    Prediction,
+    Row,
+    ScorePrediction,
+    Text,
+)
 from samp_client.server_times import Counters, TierTimes, read_counters, tier_times
 from samp_client.transport import ProtocolName, Transport, parse_address
 
-if TYPE_CHECKING:
-    from samp_client.transport import Tensors
-
 DEFAULT_TIER = "balanced"
 DEFAULT_TIMEOUT_S = 30.0
+_CALLS = {
+    "classification": "predict",
+    "entities": "entities",
+    "multi-label": "active",
+    "regression": "scores",
+    "embedding": "embed",
+}
 
 
 def connect(
@@ -109,29 +123,99 @@ class Client:
 
     def predict(
         self,
-        texts: Iterable[str | bytes],
+        texts: Iterable[Row],
         tier: str | None = None,
         timeout_s: float | None = None,
         rows: int | None = None,
     ) -> list[Prediction]:
-        """One prediction per text, in their order.
+        """One class per text, or per pair (text, text_pair), in their order.
 
         timeout_s: for the whole call; rows: texts per request, by default as many as the tier
-        takes (64). The first failing request raises; `outcomes` goes on instead.
+        takes (64). The first failing request raises; `outcomes` goes on instead. A tier of
+        another task is a BadRequest that names its call.
         """
+        return self._call("classification", texts, tier, timeout_s, rows)  # type: ignore[return-value]
+
+    def entities(
+        self,
+        texts: Iterable[Text],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[EntityPrediction]:
+        """The entities of each text, as `predict`."""
+        return self._call("entities", texts, tier, timeout_s, rows)  # type: ignore[return-value]
+
+    def active(
+        self,
+        texts: Iterable[Text],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[LabelsPrediction]:
+        """All classes that hold for each text (multi-label), as `predict`."""
+        return self._call("multi-label", texts, tier, timeout_s, rows)  # type: ignore[return-value]
+
+    def scores(
+        self,
+        texts: Iterable[Row],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[ScorePrediction]:
+        """The score of each text or pair (regression, reranking), as `predict`."""
+        return self._call("regression", texts, tier, timeout_s, rows)  # type: ignore[return-value]
+
+    def embed(
+        self,
+        texts: Iterable[Text],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[EmbeddingPrediction]:
+        """The vector of each text, as `predict`."""
+        return self._call("embedding", texts, tier, timeout_s, rows)  # type: ignore[return-value]
+
+    def answers(
+        self,
+        texts: Iterable[Row],
+        tier: str | None = None,
+        timeout_s: float | None = None,
+        rows: int | None = None,
+    ) -> list[Answer]:
+        """Whatever the tier's task answers to each text, as `predict`."""
+        return self._call(None, texts, tier, timeout_s, rows)
+
+    def _call(
+        self,
+        kind: str | None,
+        texts: Iterable[Row],
+        tier: str | None,
+        timeout_s: float | None,
+        rows: int | None,
+    ) -> list[Answer]:
         clock = self._clock(timeout_s)
-        encoded = batches.encode_texts(texts)
-        if not encoded:
+        if isinstance(texts, (str, bytes)):
+            batches.encode_texts(texts)  # raises: one text is no list
+        given = list(texts)
+        if not given:
             return []
         info = self._info(tier, clock)
-        found: list[Prediction] = []
+        if kind not in (None, info.kind):
+            raise errors.BadRequest(
+                f"{info.ensemble} answers {info.kind}",
+                f"a tier that answers {kind}",
+                f"call Client.{_CALLS[info.kind]}(), or answers() for any",
+            )
+        encoded = batches.encode_rows(given, len(info.inputs))
+        found: list[Answer] = []
         for group in batches.split(encoded, self._rows(info, rows)):
             found.extend(self._request(info, encoded, group, clock))
         return found
 
     def outcomes(
         self,
-        texts: Sequence[str | bytes],
+        texts: Sequence[Row],
         tier: str | None = None,
         timeout_s: float | None = None,
         rows: int | None = None,
@@ -148,7 +232,7 @@ class Client:
 
     def compare(
         self,
-        texts: Sequence[str | bytes],
+        texts: Sequence[Row],
         control: str,
         candidate: str,
         *,
@@ -182,12 +266,13 @@ class Client:
     def _group_outcomes(
         self,
         info: TierInfo,
-        texts: Sequence[str | bytes],
+        texts: Sequence[Row],
         group: range,
         timeout_s: float | None,
     ) -> Iterator[Outcome]:
         try:
-            rows = batches.encode_texts((texts[index] for index in group), group.start)
+            chosen = (texts[index] for index in group)
+            rows = batches.encode_rows(chosen, len(info.inputs), group.start)
             answers = self._request(info, rows, range(len(rows)), self._clock(timeout_s))
         except errors.UserError as error:
             if len(group) == 1:
@@ -202,12 +287,13 @@ class Client:
                 yield Outcome(index, replace(answer, index=index), None)
 
     def _request(
-        self, info: TierInfo, rows: Sequence[bytes], group: range, clock: _Clock
-    ) -> list[Prediction]:
+        self, info: TierInfo, rows: Sequence[tuple[bytes, ...]], group: range, clock: _Clock
+    ) -> list[Answer]:
         labels = self._read_labels(clock)
         chosen = rows[group.start : group.stop]
+        columns = dict(zip(info.inputs, zip(*chosen, strict=True), strict=True))
         try:
-            tensors = self._transport.infer(info.ensemble, chosen, clock.left())
+            tensors = self._transport.infer(info.ensemble, columns, clock.left())
         except errors.UnknownModel:
             # Unloaded since it was described: say which tiers are left.
             self._infos.pop(info.tier, None)
@@ -215,7 +301,15 @@ class Client:
             if info.tier not in self._tiers:
                 raise errors.UnknownTier(info.tier, str(self._model), self._tiers) from None
             raise
-        return _predictions(tensors, group, labels, f"{info.ensemble} on {self._address}")
+        try:
+            texts = [row[0] for row in chosen]
+            return answers.read(info.kind, tensors, texts, group.start, labels)
+        except (KeyError, ValueError, IndexError) as error:
+            raise errors.ServerFault(
+                f"{info.ensemble} on {self._address} answered {len(chosen)} texts with other "
+                f"tensors than its configuration says: {error}",
+                fix="see the server's log",
+            ) from None
 
     def _rows(self, info: TierInfo, rows: int | None) -> int:
         if rows is None:
@@ -278,36 +372,10 @@ class _Clock:
         return left
 
 
-def _predictions(
-    tensors: Tensors, group: range, labels: tuple[str, ...], what: str
-) -> list[Prediction]:
-    count = len(group)
-    try:
-        label = tensors["LABEL"].reshape(count)
-        score = tensors["SCORE"].reshape(count)
-        scores = tensors["SCORES"].reshape(count, -1)
-        truncated = tensors["TRUNCATED"].reshape(count)
-    except (KeyError, ValueError) as error:
-        raise errors.ServerFault(
-            f"{what} answered {count} texts with other tensors than its configuration says: "
-            f"{error}",
-            fix="see the server's log",
-        ) from None
-    return [
-        Prediction(
-            index,
-            label[place].decode(),
-            float(score[place]),
-            tuple(scores[place].tolist()),
-            bool(truncated[place]),
-            labels,
-        )
-        for place, index in enumerate(group)
-    ]
-
-
-def _rough(text: str | bytes) -> bytes:
+def _rough(text: Row) -> bytes:
     """Bytes about as long as the encoded text: to split by size what may not be encodable."""
+    if isinstance(text, tuple):
+        return b"".join(map(_rough, text))
     if isinstance(text, bytes):
         return text
     return text.encode(errors="replace") if isinstance(text, str) else b""

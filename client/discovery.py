@@ -8,19 +8,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from samp_client.answers import KINDS, kind_of
 from samp_client.errors import BadRequest, UnknownModel
 
 _ENSEMBLE = re.compile(r"([a-z0-9-]+)_([a-z0-9-]+)")
-# The outputs of a text classification ensemble, which is what `predict` reads.
-_NEEDED_OUTPUTS = ("LABEL", "SCORE", "SCORES", "TRUNCATED")
+_INPUTS = (["TEXT"], ["TEXT", "TEXT_PAIR"])
 
 
 @dataclass(frozen=True)
 class TierInfo:
     """One tier as the server describes it.
 
-    steps: the ensemble's models, in its order; promise: the largest drop of accuracy that the tier
-    was built for, in points, or None.
+    steps: the ensemble's models, in its order; promise: the largest drop of its metric that the
+    tier was built for, in points, or None; kind: of its answers, a key of answers.KINDS; inputs:
+    TEXT, and TEXT_PAIR where a row is two texts.
     """
 
     tier: str
@@ -28,6 +29,8 @@ class TierInfo:
     max_rows: int
     steps: tuple[str, ...]
     promise: float | None = None
+    kind: str = "classification"
+    inputs: tuple[str, ...] = ("TEXT",)
 
 
 def tiers_by_model(index: Iterable[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
@@ -74,13 +77,15 @@ def choose_model(wanted: str | None, tiers: Mapping[str, tuple[str, ...]], addre
 
 
 def read_tier(tier: str, config: Mapping[str, Any]) -> TierInfo:
-    """A tier from its ensemble's configuration. BadRequest if its task is not classification."""
+    """A tier from its ensemble's configuration. BadRequest if it is none of ours."""
     outputs = [output["name"] for output in config.get("output", [])]
     inputs = [tensor["name"] for tensor in config.get("input", [])]
-    if inputs != ["TEXT"] or not set(_NEEDED_OUTPUTS) <= set(outputs):
+    kind = kind_of(outputs)
+    if inputs not in _INPUTS or kind is None:
+        known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in KINDS.items())
         raise BadRequest(
             f"{config['name']} takes {', '.join(inputs)} and returns {', '.join(outputs)}",
-            f"TEXT in, {', '.join(_NEEDED_OUTPUTS)} out",
+            f"TEXT and perhaps TEXT_PAIR in; TRUNCATED out, and for {known}",
             "call this task's ensemble with tritonclient",
         )
     steps = config.get("ensemble_scheduling", {}).get("step", [])
@@ -91,6 +96,8 @@ def read_tier(tier: str, config: Mapping[str, Any]) -> TierInfo:
         max(1, int(config.get("max_batch_size", 0))),
         tuple(step["model_name"] for step in steps),
         None if promise is None else float(promise),
+        kind,
+        tuple(inputs),
     )
 
 

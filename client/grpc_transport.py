@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
 if TYPE_CHECKING:
-    from samp_client.transport import Tensors
+    from samp_client.transport import Columns, Tensors
 
 _Result = TypeVar("_Result")
 
@@ -32,11 +32,13 @@ class GrpcTransport:
             address, channel_args=_channel_args(address)
         )
 
-    def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
-        tensor = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
+    def infer(self, model: str, columns: Columns, timeout_s: float) -> Tensors:
+        tensors = []
+        for name, texts in columns.items():
+            tensors.append(triton.InferInput(name, [len(texts), 1], "BYTES"))
+            tensors[-1].set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
         result = self._call(
-            model, timeout_s, lambda: self._client.infer(model, [tensor], client_timeout=timeout_s)
+            model, timeout_s, lambda: self._client.infer(model, tensors, client_timeout=timeout_s)
         )
         return {out.name: result.as_numpy(out.name) for out in result.get_response().outputs}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import gevent
@@ -13,7 +13,7 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 if TYPE_CHECKING:
-    from samp_client.transport import Tensors
+    from samp_client.transport import Columns, Tensors
 
 _Result = TypeVar("_Result")
 
@@ -28,10 +28,12 @@ class HttpTransport:
         self._address = address
         self._client: Any = self._connect()
 
-    def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
-        tensor = triton.InferInput("TEXT", [len(texts), 1], "BYTES")
-        tensor.set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
-        result = self._call(model, timeout_s, lambda: self._client.infer(model, [tensor]))
+    def infer(self, model: str, columns: Columns, timeout_s: float) -> Tensors:
+        tensors = []
+        for name, texts in columns.items():
+            tensors.append(triton.InferInput(name, [len(texts), 1], "BYTES"))
+            tensors[-1].set_data_from_numpy(np.array(texts, dtype=np.object_).reshape(-1, 1))
+        result = self._call(model, timeout_s, lambda: self._client.infer(model, tensors))
         names = [out["name"] for out in result.get_response()["outputs"]]
         return {name: result.as_numpy(name) for name in names}
 

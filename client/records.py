@@ -1,15 +1,25 @@
-"""What calls return."""
+"""What calls return: one record a text, by the task that the tier serves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from samp_client.errors import ClientError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Text: TypeAlias = "str | bytes"
+Row: TypeAlias = "Text | tuple[Text, Text]"
+"""What one row asks about: a text, or a pair of texts where the tier takes pairs."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one text.
+    """The answer to one text or pair.
 
     index: its place in the texts given; score: that of `label`; scores: one per class, in the
     order of `labels`; truncated: the text was longer than the model reads.
@@ -22,14 +32,89 @@ class Prediction:
     truncated: bool
     labels: tuple[str, ...] = ()
 
+    def fields(self) -> dict[str, Any]:
+        """The answer's own fields, as `samp predict --json` prints them."""
+        return {"label": self.label, "score": self.score, "scores": list(self.scores)}
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A span of the text: start and end in its characters (code points), end exclusive."""
+
+    label: str
+    score: float
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EntityPrediction:
+    """The entities of one text, in its order."""
+
+    index: int
+    entities: tuple[Entity, ...]
+    truncated: bool
+
+    def fields(self) -> dict[str, Any]:
+        return {"entities": [vars(entity) for entity in self.entities]}
+
+
+@dataclass(frozen=True)
+class LabelsPrediction:
+    """The classes that hold for one text; scores: one per class, in the order of `labels`."""
+
+    index: int
+    active: tuple[str, ...]
+    scores: tuple[float, ...]
+    truncated: bool
+    labels: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, Any]:
+        return {"active": list(self.active), "scores": list(self.scores)}
+
+
+@dataclass(frozen=True)
+class ScorePrediction:
+    """The number that a regression gives one text or pair."""
+
+    index: int
+    score: float
+    truncated: bool
+
+    def fields(self) -> dict[str, Any]:
+        return {"score": self.score}
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingPrediction:
+    """One text's vector of length 1: the scalar product of two is their cosine."""
+
+    index: int
+    embedding: NDArray[np.float32]
+    truncated: bool
+
+    def fields(self) -> dict[str, Any]:
+        return {"embedding": self.embedding.tolist()}
+
+
+Answer: TypeAlias = (
+    "Prediction | EntityPrediction | LabelsPrediction | ScorePrediction | EmbeddingPrediction"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """One text's prediction, or the error it met; exactly one of them is not None."""
+    """One text's answer, or the error it met; exactly one of `answer` and `error` is not None."""
 
     index: int
-    prediction: Prediction | None
+    answer: Answer | None
     error: ClientError | None
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """The answer of a classification tier."""
+        return self.answer if isinstance(self.answer, Prediction) else None
 
 
 @dataclass(frozen=True)
@@ -42,3 +127,14 @@ class ABRecord:
     scores: tuple[float, ...] | None
     latency_ms: float
     error: str | None
+
+
+def text_of(row: Row) -> str:
+    """The (first) text as characters."""
+    text = row if isinstance(row, (str, bytes)) else row[0]
+    return text if isinstance(text, str) else text.decode(errors="replace")
+
+
+def shown(row: Row | Sequence[Text]) -> Any:
+    """A row as JSON has it: a string, or two."""
+    return text_of(row) if isinstance(row, (str, bytes)) else [text_of(part) for part in row]

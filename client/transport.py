@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from samp_client.errors import BadRequest
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     Tensors = Mapping[str, NDArray[np.generic]]
 
+Columns: TypeAlias = Mapping[str, Sequence[bytes]]
+"""Input name -> its rows."""
 ProtocolName = Literal["grpc", "http"]
 DEFAULT_PORTS = {"grpc": 8001, "http": 8000}
 
@@ -23,8 +25,8 @@ _ADDRESS = re.compile(r"(?P<host>\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+)(:(?P<port>\d{1
 class Transport(Protocol):
     """One connection to one Triton. Times are seconds; all calls raise ClientError."""
 
-    def infer(self, model: str, texts: Sequence[bytes], timeout_s: float) -> Tensors:
-        """All outputs of the model for TEXT [len(texts), 1]."""
+    def infer(self, model: str, columns: Columns, timeout_s: float) -> Tensors:
+        """All outputs of the model for BYTES inputs [rows, 1]."""
         ...
 
     def index(self, timeout_s: float) -> list[dict[str, Any]]:

@@ -31,9 +31,10 @@ from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 from samp_client import Client, ClientError, Counters, ServerError, TierTimes, connect
+from samp_client.records import Row
 from samp_client.transport import ProtocolName
 from samp_loadtest.results import Samples, report, table
-from samp_loadtest.settings import check_tiers, find_addresses, parse_mix, read_texts
+from samp_loadtest.settings import check_tiers, find_addresses, fit, parse_mix, read_texts
 
 logger = logging.getLogger("samp_loadtest")
 
@@ -51,7 +52,7 @@ class _Test:
 
     def __init__(self) -> None:
         self.mix: dict[str, float] = {}
-        self.texts: tuple[str, ...] = ()
+        self.texts: tuple[Row, ...] = ()
         self.addresses: dict[ProtocolName, str] = {}
         self.samples: dict[str, Samples] = {}
         self.watcher: Client | None = None
@@ -79,9 +80,6 @@ class TierUser(locust.User):
         self.rows = options.rows
         # Each user has its own order, and the same one in every run.
         self.random = random.Random(next(_numbers))
-        texts = list(test.texts)
-        self.random.shuffle(texts)
-        self.texts = itertools.cycle(texts)
         client = connect(
             test.addresses[self.protocol],
             self.protocol,
@@ -92,10 +90,14 @@ class TierUser(locust.User):
             # Connects and reads the metadata, so that no recorded request pays for it.
             check_tiers(client, test.mix, self.rows)
             client.labels()
+            tier = next(iter(test.mix))
+            texts = fit(test.texts, len(client.describe(tier).inputs) == 2)
         except ClientError as error:
             client.close()
             logger.error("%s", error)
             raise locust.exception.StopUser from None
+        self.random.shuffle(texts)
+        self.texts = itertools.cycle(texts)
         self.client = client
 
     def on_stop(self) -> None:
@@ -113,7 +115,7 @@ class TierUser(locust.User):
         failure: ClientError | None = None
         started, start = time.time(), time.perf_counter()
         try:
-            self.client.predict(texts, tier, rows=self.rows)
+            self.client.answers(texts, tier, rows=self.rows)
         except ClientError as error:
             failure = error
         self.environment.events.request.fire(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from samp_client import BadRequest, BatchTooLarge, Client, ClientError, connect
+from samp_client.records import Row
 from samp_client.transport import DEFAULT_PORTS, ProtocolName
 
 _TIER = re.compile(r"[a-z0-9-]+")
@@ -49,8 +50,9 @@ def format_mix(mix: Mapping[str, float]) -> str:
     return ",".join(f"{tier}={weight!r}" for tier, weight in mix.items())
 
 
-def read_texts(path: str | None) -> tuple[str, ...]:
-    """Texts of a .jsonl file ({"text": ...} per line) or of a plain file, one per line.
+def read_texts(path: str | None) -> tuple[Row, ...]:
+    """Texts of a .jsonl file ({"text": ...} per line, pairs with "text_pair" too) or of a plain
+    file, one per line.
 
     None gives a few built-in sentences. BadRequest names the file and line.
     """
@@ -60,13 +62,26 @@ def read_texts(path: str | None) -> tuple[str, ...]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: {error}", "a UTF-8 text file", "check the path") from None
-    texts: list[str] = []
+    texts: list[Row] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             texts.append(_json_text(path, number, line) if path.endswith(".jsonl") else line)
     if not texts:
         raise BadRequest(f"{path} holds no text", "one text per line", "give a file with texts")
     return tuple(texts)
+
+
+def fit(texts: Sequence[Row], pairs: bool) -> list[Row]:
+    """Rows as a tier takes them. Where it takes pairs, each of the built-in sentences is asked
+    with the next one; other texts without a second one are a BadRequest.
+    """
+    if not pairs:
+        return [row if isinstance(row, (str, bytes)) else row[0] for row in texts]
+    if tuple(texts) == SAMPLE_TEXTS:
+        return list(zip(SAMPLE_TEXTS, (*SAMPLE_TEXTS[1:], SAMPLE_TEXTS[0]), strict=True))
+    if any(isinstance(row, (str, bytes)) for row in texts):
+        raise BadRequest("texts without a pair", "rows of text and text_pair", "give a .jsonl file")
+    return list(texts)
 
 
 def find_addresses(
@@ -106,7 +121,7 @@ def check_tiers(client: Client, mix: Mapping[str, float], rows: int) -> None:
             raise BatchTooLarge(f"{rows} rows in a request", f"{tier} takes {most}", "lower rows")
 
 
-def _json_text(path: str, number: int, line: str) -> str:
+def _json_text(path: str, number: int, line: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -116,7 +131,8 @@ def _json_text(path: str, number: int, line: str) -> str:
         raise BadRequest(
             f"{path}:{number} has no string `text`", '{"text": "..."}', "correct the line"
         )
-    return text
+    pair = row.get("text_pair")
+    return (text, pair) if isinstance(pair, str) else text
 
 
 def _speaks_http(address: str) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from samp_core import evaluate
 from samp_core.data import Rows, Text, read_rows
 from samp_core.errors import SampError
+from samp_core.tasks import TASKS, Task
 
 ALPHA = 0.05
 CONFIDENCE = 0.95
@@ -37,10 +38,16 @@ class Record(Protocol):
 
 
 class Tier(Protocol):
-    """promise: the largest drop in points that the tier was built for, or None."""
+    """promise: the largest drop in points that the tier was built for, or None; kind: of answers;
+    inputs: TEXT, and for pairs TEXT_PAIR.
+    """
 
     @property
     def promise(self) -> float | None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
 
 
 class Client(Protocol):
@@ -100,7 +107,10 @@ def compare(
     """
     if limit is not None and limit < 1:
         raise SampError("ab_limit", f"limit {limit}", "1 or more", "raise it or leave it out")
-    rows, labelled = _read(Path(data))
+    rows, labelled = _read(Path(data), TASKS["classification"])
+    task = _task(client.describe(candidate))
+    if task.pair:
+        rows, labelled = _read(Path(data), task)
     texts = rows.texts[:limit]
     gold = rows.labels[:limit] if labelled else None
     classes = client.labels()
@@ -293,17 +303,27 @@ def _check_promise(promise: float | None) -> None:
         )
 
 
-def _read(path: Path) -> tuple[Rows, bool]:
+def _task(tier: Tier) -> Task:
+    """What the rows of a comparison hold. SampError where a tier answers no single label."""
+    if tier.kind != "classification":
+        raise SampError(
+            "ab_task", f"tiers that answer {tier.kind}", "tiers that answer one label a text",
+            "compare them by their own metric: samp build does",
+        )  # fmt: skip
+    return TASKS["pairs" if len(tier.inputs) == 2 else "classification"]
+
+
+def _read(path: Path, task: Task) -> tuple[Rows, bool]:
     """The rows, and whether they are labelled; a jsonl where only some rows are is an error."""
     try:
-        return read_rows(path), True
+        return read_rows(path, task=task), True
     except SampError as error:
         # A table has a column or has not; in jsonl `"label"` can only be a key or a whole value.
         if error.code != "data_columns" or (
             path.suffix.lower() == ".jsonl" and b'"label"' in path.read_bytes()
         ):
             raise
-    return read_rows(path, labelled=False), False
+    return read_rows(path, labelled=False, task=task), False
 
 
 def _points(fraction: float) -> str:

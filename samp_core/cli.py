@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from samp_core.errors import SampError, UsageError
+from samp_core.tasks import TASKS
 
 if TYPE_CHECKING:
     from samp_client import Client, ClientError
@@ -30,6 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on s
 Url = Annotated[str, typer.Option(help="host:port; 8001 is gRPC's, 8000 HTTP's.")]
 Http = Annotated[bool, typer.Option("--http", help="Call over HTTP instead of gRPC.")]
 ModelName = Annotated[str | None, typer.Option("--name", help="Model, where several are served.")]
+TASK_HELP = f"{', '.join(TASKS)}; default: classification."
 Timeout = Annotated[float, typer.Option(help="Seconds for one request.")]
 
 
@@ -37,7 +37,7 @@ Timeout = Annotated[float, typer.Option(help="Seconds for one request.")]
 def build(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="A build.yaml.")] = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face checkpoint folder.")] = None,
-    task: Annotated[str | None, typer.Option(help="classification")] = None,
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
     data: Annotated[Path | None, typer.Option(help="Labelled rows: jsonl, csv or tsv.")] = None,
     exclude: Annotated[
         Path | None, typer.Option(help="Rows that trained the model; left out of --data.")
@@ -48,7 +48,7 @@ def build(
         typer.Option(help="NAME:drop=0.5pt,latency=8ms; either, both or neither. Repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: model_repository/<name>.")] = None,
-    backend: Annotated[str | None, typer.Option(help="onednn or reference.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, cpu, onednn or reference.")] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
     calibrator: Annotated[str | None, typer.Option(help="auto, minmax or percentile.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text may have.")] = None,
@@ -95,6 +95,7 @@ def build(
 def generate(
     plan: Annotated[list[str], typer.Option(help="TIER=FILE, or a build's plan.json. Repeatable.")],
     model: Annotated[Path, typer.Option(help="The checkpoint that the plans were made for.")],
+    task: Annotated[str | None, typer.Option(help=TASK_HELP)] = None,
     name: Annotated[str | None, typer.Option(help="The model's name when served.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Rows to calibrate plans that carry no scales.")
@@ -114,6 +115,7 @@ def generate(
         None,
         {
             "model": model,
+            "task": task,
             "data": data or Path("none"),
             "name": name,
             "tiers": {},
@@ -180,8 +182,13 @@ def serve(
 @app.command()
 def predict(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: standard input.")] = None,
+    pair: Annotated[
+        list[str] | None,
+        typer.Option(help="Second text of a pair, one for each text; in lines: after a tab."),
+    ] = None,
     file: Annotated[
-        Path | None, typer.Option("--in", help="jsonl, csv or tsv with a column `text`.")
+        Path | None,
+        typer.Option("--in", help="jsonl, csv or tsv with `text`, for pairs also `text_pair`."),
     ] = None,
     tier: Annotated[str | None, typer.Option(help="Default: balanced.")] = None,
     url: Url = "",
@@ -191,29 +198,30 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Ask a running server. One line a text; with --json one object a line."""
+    from samp_core import questions
+    from samp_core.show import answer_line
+
     failed = 0
-    given = _texts(texts, file)
+    given = questions.read(texts, pair, file)
     with _connect(url, http, name, timeout) as client:
         chosen = tier or _default_tier(client)
-        client.describe(chosen)
+        columns = len(client.describe(chosen).inputs)
         typed = not texts and file is None and sys.stdin.isatty()
-        for start, chunk in _chunks(given, 1 if typed else 512):
-            for outcome in client.outcomes(chunk, chosen):
-                index, text = start + outcome.index, chunk[outcome.index]
-                answer, error = outcome.prediction, outcome.error
+        for start, chunk in questions.chunks(given, 1 if typed else 512):
+            asked = [questions.fit(row, columns) for row in chunk]
+            for outcome in client.outcomes(asked, chosen):
+                index, text = start + outcome.index, asked[outcome.index]
+                answer, error = outcome.answer, outcome.error
                 failed += error is not None
                 if as_json:
-                    row: dict[str, Any] = {"index": index, "text": text, "error": None}
+                    parts = (text,) if isinstance(text, str) else text
+                    row = {"index": index, **dict(zip(("text", "text_pair"), parts, strict=False))}
+                    row["error"] = None if error is None else str(error)
                     if answer is not None:
-                        row.update(truncated=answer.truncated, label=answer.label)
-                        row.update(score=answer.score, scores=list(answer.scores))
-                    else:
-                        row["error"] = str(error)
+                        row.update(truncated=answer.truncated, **answer.fields())
                     print(json.dumps(row, ensure_ascii=False), flush=True)
                 elif answer is not None:
-                    mark = " (truncated)" if answer.truncated else ""
-                    shown = " ".join(text.split())[:100]
-                    print(f"{answer.label}\t{answer.score:.4f}\t{shown}{mark}")
+                    print(answer_line(answer, text))
                 else:
                     print(f"error\t\t{error}")
     if failed:
@@ -395,37 +403,3 @@ def _default_tier(client: Client) -> str:
     """`balanced` where it is served, else the only tier there is, else an error with the list."""
     tiers = client.tiers()
     return tiers[0] if len(tiers) == 1 else "balanced"
-
-
-def _texts(texts: list[str] | None, file: Path | None) -> Iterator[str]:
-    """The texts of the arguments, the file or standard input; mistakes are found at once."""
-    if texts and file is not None:
-        raise UsageError("usage", "texts and --in", "one of them", "drop one")
-    if file is not None:
-        from samp_core.data import read_rows
-
-        return map(str, read_rows(file, labelled=False).texts)
-    # Bytes that are no UTF-8 arrive in arguments as lone surrogates.
-    return _utf8(map(os.fsencode, texts), "text") if texts else _utf8(sys.stdin.buffer, "line")
-
-
-def _utf8(values: Iterable[bytes], kind: str) -> Iterator[str]:
-    for place, value in enumerate(values, start=1):
-        try:
-            yield value.decode().rstrip("\r\n" if kind == "line" else "")
-        except UnicodeDecodeError as error:
-            given = f"{kind} {place}: byte {value[error.start]:#04x} is not UTF-8"
-            raise UsageError("data_encoding", given, "UTF-8", "convert it") from None
-
-
-def _chunks(values: Iterator[str], size: int) -> Iterator[tuple[int, list[str]]]:
-    start = 0
-    chunk: list[str] = []
-    for value in values:
-        chunk.append(value)
-        if len(chunk) == size:
-            yield start, chunk
-            start += size
-            chunk = []
-    if chunk:
-        yield start, chunk

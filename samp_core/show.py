@@ -81,10 +81,11 @@ def build_table(report: Mapping[str, Any]) -> None:
                 f"{exact[many] / latency[many]:.2f}x",
             )
         )
-    headings = ("tier", "plan", "accuracy % [95%]", "promise", "drop bound pt", "MB")
+    metric = report["tiers"][0]["metric"]
+    headings = ("tier", "plan", f"{metric} % [95%]", "promise", "drop bound pt", "MB")
     many = list(exact)[-1]
     table(
-        f"{report['repository']}: accuracies on rows that the search never saw",
+        f"{report['repository']}: {metric} on rows that the search never saw",
         (*headings, "ms, 1 text", "ratio to exact", f"ratio, {many} texts"),
         rows,
     )
@@ -92,6 +93,26 @@ def build_table(report: Mapping[str, Any]) -> None:
         out.print(f"note: {warning}", soft_wrap=True, markup=False)
     kept = report["cache"]
     out.print(f"{report['seconds']:.0f} s; cache: {kept['hits']} found, {kept['misses']} made")
+
+
+def answer_line(answer: Any, row: Any) -> str:
+    """One answer of `samp predict`: what the task answers, then the text, tabs between them."""
+    text = " / ".join((row,) if isinstance(row, str) else row)
+    fields = answer.fields()
+    if "label" in fields:
+        parts = [fields["label"], f"{fields['score']:.4f}"]
+    elif "entities" in fields:
+        found = (f"{e['label']}={e['text']!r} {e['score']:.4f}" for e in fields["entities"])
+        parts = [", ".join(found) or "-"]
+    elif "active" in fields:
+        parts = [", ".join(fields["active"]) or "-"]
+    elif "embedding" in fields:
+        first = ", ".join(f"{x:.4f}" for x in fields["embedding"][:4])
+        parts = [f"[{first}, ...] {len(fields['embedding'])}"]
+    else:
+        parts = [f"{fields['score']:.4f}"]
+    mark = " (truncated)" if answer.truncated else ""
+    return "\t".join((*parts, " ".join(text.split())[:100] + mark))
 
 
 def ab_table(result: Mapping[str, Any]) -> None:

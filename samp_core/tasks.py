@@ -8,7 +8,7 @@ from typing import Literal
 
 from samp_core.errors import UsageError
 
-TaskName = Literal["classification", "pairs"]
+TaskName = Literal["classification", "pairs", "entities"]
 Gold = Literal["label", "labels", "score", "entities"]
 """What a row is labelled with: one class, a set of classes, a number, or spans of the text."""
 
@@ -27,6 +27,7 @@ class Task:
 _ALL = (
     Task("classification", "classification", "label"),
     Task("pairs", "classification", "label", pair=True),
+    Task("entities", "entities", "entities"),
 )
 TASKS: Mapping[str, Task] = {str(task.name): task for task in _ALL}
 

@@ -75,8 +75,9 @@ def test_a_tiers_promise_is_read_where_it_has_one():
 @pytest.mark.parametrize(
     "config",
     [
-        ensemble(["EMBEDDING", "TRUNCATED"]),
-        ensemble(["LABEL", "SCORE", "SCORES", "TRUNCATED"], ("TEXT", "TEXT_PAIR")),
+        ensemble(["PIXELS", "TRUNCATED"]),
+        ensemble(["LABEL", "SCORE", "SCORES"]),
+        ensemble(["LABEL", "SCORE", "SCORES", "TRUNCATED"], ("TEXT", "IMAGE")),
     ],
 )
 def test_another_task_is_said_and_not_guessed(config):

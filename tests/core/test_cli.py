@@ -257,7 +257,7 @@ def test_names_and_folders_with_marks_of_style(tmp_path: Path) -> None:
     yaml = small().yaml(tmp_path / "b.yaml", out=str(out), tiers={"a": {"latency": 1000}})
     done = forks().samp("build", "-c", yaml)
     assert done.code == 0, done.err
-    assert f"{out}: accuracies" in done.out
+    assert f"{out}: accuracy on rows" in done.out
 
 
 def test_a_promise_that_is_not_met_is_exit_code_1(tmp_path: Path) -> None:

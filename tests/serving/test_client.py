@@ -142,7 +142,7 @@ def test_the_servers_own_limit_is_the_same_error(served: Served, protocol: str) 
     with connect(address(served, protocol), protocol) as opened:
         transport = opened._transport
         with pytest.raises(BatchTooLarge, match="64"):
-            transport.infer(f"{served.model}_fast", [b"fine"] * 65, 10.0)
+            transport.infer(f"{served.model}_fast", {"TEXT": [b"fine"] * 65}, 10.0)
 
 
 def test_the_deadline_holds_and_the_client_survives_it(served: Served, client: Client) -> None:
