@@ -2,6 +2,12 @@
 
 #include <chrono>
 
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -17,19 +23,27 @@ inline void pause() {
 #endif
 }
 
-// Spins briefly, then offers the core to whoever else wants it.
-class Backoff {
- public:
-  void wait() {
-    if (++turns_ < 512)
-      pause();
-    else
-      std::this_thread::yield();
-  }
+constexpr int kTurns = 1024;  // of pause: some ten microseconds
 
- private:
-  int turns_ = 0;
-};
+// Until `value` is no longer `seen`, or a millisecond. Others have the core meanwhile: offering it
+// with sched_yield does not help, the scheduler gives it back at once.
+void sleep_on(std::atomic<int>& value, int seen) {
+#if defined(__linux__)
+  static_assert(sizeof value == sizeof(int), "a futex is an int");
+  const timespec limit{0, 1000000};
+  syscall(SYS_futex, reinterpret_cast<int*>(&value), FUTEX_WAIT_PRIVATE, seen, &limit, nullptr, 0);
+#else
+  if (value.load() == seen) std::this_thread::yield();
+#endif
+}
+
+void wake_all(std::atomic<int>& value) {
+#if defined(__linux__)
+  syscall(SYS_futex, reinterpret_cast<int*>(&value), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+#else
+  (void)value;
+#endif
+}
 
 constexpr auto kSpin = std::chrono::microseconds(50);
 
@@ -57,6 +71,7 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
   for (size_t i = 0; i < tasks.size(); ++i) {
     slots_[i].next.store(0, std::memory_order_relaxed);
     slots_[i].done.store(0, std::memory_order_relaxed);
+    slots_[i].waiting.store(0, std::memory_order_relaxed);
   }
   tasks_ = &tasks;
   work_ = work;
@@ -74,8 +89,21 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
   walk(0);
   // A worker that comes late finds the pass closed; one that is inside is waited for.
   open_.store(false);
-  Backoff backoff;
-  while (inside_.load() > 0) backoff.wait();
+  for (int turns = 0, inside; (inside = inside_.load()) > 0; ++turns)
+    if (turns < kTurns)
+      pause();
+    else
+      sleep_on(inside_, inside);
+}
+
+// For the tasks that other threads took: briefly awake, then asleep.
+void Team::wait(Slot& slot, int total) {
+  for (int turns = 0; turns < kTurns; ++turns) {
+    if (slot.done.load(std::memory_order_acquire) >= total) return;
+    pause();
+  }
+  slot.waiting.fetch_add(1);
+  for (int done; (done = slot.done.load()) < total;) sleep_on(slot.done, done);
 }
 
 void Team::walk(int thread) {
@@ -90,9 +118,9 @@ void Team::walk(int thread) {
       work_(context_, static_cast<int>(phase), task, thread);
       ++finished;
     }
-    if (finished) slot.done.fetch_add(finished, std::memory_order_acq_rel);
-    Backoff backoff;
-    while (slot.done.load(std::memory_order_acquire) < total) backoff.wait();
+    if (finished && slot.done.fetch_add(finished) + finished == total && slot.waiting.load() > 0)
+      wake_all(slot.done);
+    wait(slot, total);
   }
 }
 
@@ -117,7 +145,7 @@ void Team::serve(int thread) {
     if (stop_.load()) return;
     inside_.fetch_add(1);
     if (open_.load()) walk(thread);
-    inside_.fetch_sub(1);
+    if (inside_.fetch_sub(1) == 1 && !open_.load()) wake_all(inside_);
   }
 }
 

@@ -30,7 +30,10 @@ class Team {
   struct alignas(64) Slot {
     std::atomic<int> next{0};
     std::atomic<int> done{0};
+    std::atomic<int> waiting{0};
   };
+
+  static void wait(Slot& slot, int total);
 
   void walk(int thread);
   void serve(int thread);
