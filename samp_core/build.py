@@ -11,8 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from samp_kernels.cpu import state
+
 from samp_core import cache, calibrate, heads, metrics, tasks
 from samp_core.allocate import Candidate
+from samp_core.backends import choose_backend
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
@@ -50,6 +53,8 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         cache.clean(config.folder / "cache")
         bench = open_workbench(config, progress)
         warnings: list[str] = []
+        if config.backend == "auto" and bench.backend_name != "cpu":
+            warnings.append(f"backend {bench.backend_name}: the cpu kernels are {state()}")
         splits = read_splits(config, warnings)
         metric = metrics.of(bench.task.gold, bench.checkpoint.labels)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
@@ -121,7 +126,7 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         head_weights=head.export(checkpoint.state, checkpoint.hf_config),
         cache=cache.Cache(config.folder / "cache"),
         code=cache.code_sha256(),
-        backend_name=config.backend,
+        backend_name=choose_backend(config.backend),
         threads=config.threads,
         progress=progress,
         task=task,
@@ -185,7 +190,12 @@ def plan_modes(
     best: tuple[float, Recipe, Plan] | None = None
     options = recipes(config.calibrator, config.percentile)
     for recipe in options:
-        scaled = replace(base, scales=calibrate.scales(ranges, recipe), versions=versions())
+        scaled = replace(
+            base,
+            scales=calibrate.scales(ranges, recipe),
+            outliers=calibrate.outliers(ranges, recipe),
+            versions=versions(),
+        )
         if len(options) == 1:
             best = (0.0, recipe, scaled)
             break

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from samp_kernels.interface import Array, Batch, OutputKind
+from samp_kernels.interface import GEMM_SITES, Array, Batch, OutputKind
 
 from samp_core.encoder import LoopSession
 from samp_core.errors import SampError
@@ -21,7 +21,8 @@ BINS = 8192
 QMAX = 127.0
 
 Ranges = Mapping[str, Array]
-"""name -> histogram [BINS] of |x| over [0, amax], with `<name>.amax` [1] beside it."""
+"""name -> histogram [BINS] of |x| over [0, amax]; beside it `<name>.amax` [1] and
+`<name>.channels`, the largest magnitude of each channel."""
 
 
 def observe(
@@ -36,10 +37,12 @@ def observe(
     Raises SampError naming the first site whose input is not finite.
     """
     amax: dict[str, float] = {}
+    channels: dict[str, Array] = {}
     counts: dict[str, Array] = {}
 
     def largest(name: str, x: Array) -> None:
-        value = float(np.abs(x).max(initial=0.0))
+        each = np.abs(x).max(axis=0, initial=0.0)
+        value = float(each.max(initial=0.0))
         if not np.isfinite(value):
             raise SampError(
                 "not_finite",
@@ -48,6 +51,7 @@ def observe(
                 "check the checkpoint and the calibration texts",
             )
         amax[name] = max(amax.get(name, 0.0), value)
+        channels[name] = np.maximum(channels[name], each) if name in channels else each
 
     def count(name: str, x: Array) -> None:
         top = amax[name]
@@ -70,6 +74,7 @@ def observe(
     for name, value in amax.items():
         ranges[name] = counts.get(name, np.zeros(BINS, np.int64))
         ranges[f"{name}.amax"] = np.array([value])
+        ranges[f"{name}.channels"] = channels[name].astype(np.float32)
     return ranges
 
 
@@ -77,14 +82,13 @@ def scales(ranges: Ranges, recipe: Recipe) -> dict[str, float]:
     """The static scale of every site under a recipe's calibrator, by stored name.
 
     minmax: amax / 127. percentile: the magnitude below which that share of all values lies, / 127.
+    The channels that the recipe splits off are left out of a GEMM's input.
     """
     result: dict[str, float] = {}
-    for name in ranges:
-        if name.endswith(".amax"):
-            continue
-        amax = float(ranges[f"{name}.amax"][0])
+    for name in _sites(ranges):
+        histogram, width, amax = _values(ranges, name, recipe)
         if recipe.calibrator == "percentile":
-            reach = percentile(ranges[name], amax, recipe.percentile or 99.99)
+            reach = min(percentile(histogram, width, recipe.percentile or 99.99), amax)
         elif recipe.calibrator == "minmax":
             reach = amax
         else:
@@ -95,19 +99,54 @@ def scales(ranges: Ranges, recipe: Recipe) -> dict[str, float]:
             f"{name}_scale" if ".scores." in name or ".context." in name else f"{name}.input_scale"
         )
         result[key] = max(reach, 1e-8) / QMAX
-    for layer in dict.fromkeys(name.split(".")[1] for name in ranges):
+    for layer in dict.fromkeys(name.split(".")[1] for name in _sites(ranges)):
         # A softmax never exceeds 1.
         result[f"layer.{layer}.context.p_scale"] = 1.0 / QMAX
     return result
 
 
+def outliers(ranges: Ranges, recipe: Recipe) -> dict[str, list[int]]:
+    """The channels that the recipe splits off of each GEMM's input, largest magnitude first."""
+    if not recipe.outliers:
+        return {}
+    return {
+        name: np.argsort(-ranges[f"{name}.channels"], kind="stable")[: recipe.outliers].tolist()
+        for name in _sites(ranges)
+        if _is_gemm(name)
+    }
+
+
 def percentile(histogram: Array, amax: float, percent: float) -> float:
-    """The magnitude that `percent` of the values do not exceed; a bin's upper edge."""
+    """The magnitude that `percent` of the values do not exceed; a bin's upper edge.
+
+    The histogram may be cut: it holds the first of BINS bins over [0, amax].
+    """
     total = int(histogram.sum())
     if total == 0:
         return amax
     index = int(np.searchsorted(np.cumsum(histogram), total * percent / 100.0))
     return amax * (min(index, BINS - 1) + 1) / BINS
+
+
+def _values(ranges: Ranges, name: str, recipe: Recipe) -> tuple[Array, float, float]:
+    """A site's histogram, the reach of BINS bins, and the largest magnitude that counts.
+
+    Split channels do not count: nothing beyond the other channels' largest magnitude is seen.
+    """
+    width = float(ranges[f"{name}.amax"][0])
+    if not recipe.outliers or not _is_gemm(name) or width == 0.0:
+        return ranges[name], width, width
+    rest = np.sort(ranges[f"{name}.channels"])[: -recipe.outliers]
+    amax = float(rest.max(initial=0.0))
+    return ranges[name][: int(np.ceil(BINS * amax / width))], width, amax
+
+
+def _sites(ranges: Ranges) -> list[str]:
+    return [name for name in ranges if not name.endswith((".amax", ".channels"))]
+
+
+def _is_gemm(name: str) -> bool:
+    return name.rsplit(".", 1)[1] in GEMM_SITES
 
 
 def _inputs(site: str, value: Any, to_host: Callable[[Any], Array]) -> Iterable[tuple[str, Array]]:

@@ -74,7 +74,7 @@ class BuildConfig(_Strict):
     out: Path | None = None
     tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
     default_tier: str = ""
-    backend: Literal["onednn", "reference"] = "onednn"
+    backend: Literal["auto", "cpu", "onednn", "reference"] = "auto"
     threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
     calibrator: Literal["auto", "minmax", "percentile"] = "auto"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99

@@ -73,6 +73,7 @@ def examine() -> list[Check]:
         check_numpy_abi(),
         *finish_probe(probe),
         check_isa(cpu_flags()),
+        check_native(),
         check_cores(),
         check_memory(),
         check_shm(),
@@ -159,6 +160,18 @@ def check_isa(flags: frozenset[str]) -> Check:
     return Check("cpu", True, text, "tiers stay fp32: int8 needs a CPU with VNNI or AMX")
 
 
+def check_native() -> Check:
+    """The native CPU kernels and the dispatch level that they run at."""
+    from samp_kernels.cpu import MEND, level, missing
+
+    why = missing()
+    if why:
+        return Check("cpu kernels", True, f"absent: {why}", f"{MEND}; `onednn` goes on")
+    if level() == "portable":
+        return Check("cpu kernels", True, "portable: slow", "AVX2 or better makes them fast")
+    return Check("cpu kernels", True, level())
+
+
 def check_cores() -> Check:
     """Cores that this process may use (its affinity and the container's quota)."""
     cores = len(os.sched_getaffinity(0))
@@ -217,7 +230,7 @@ def check_compiler() -> Check:
         path = shutil.which(name)
         if path is not None:
             return Check("compiler", True, path)
-    return Check("compiler", True, "absent", "apt-get install g++: the coming native CPU kernels")
+    return Check("compiler", True, "absent", "apt-get install g++: to build the native CPU kernels")
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

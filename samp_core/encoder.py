@@ -30,11 +30,10 @@ from samp_kernels.interface import (
     Weight,
 )
 
+from samp_core.backends import open_backend as open_backend
 from samp_core.errors import SampError
 from samp_core.order import restore_order, round_up, sort_by_length
 from samp_core.plan import Plan
-
-BACKENDS = ("onednn", "reference")
 
 Observer = Callable[[str, Any], None]
 """Called with a site's full name and its float input, [tokens, features]; calibration listens."""
@@ -77,19 +76,6 @@ class _Layer:
     attention_scales: Mapping[str, float]
 
 
-def open_backend(name: str, threads: int | None = None) -> Backend:
-    """A backend by name; its module is imported only now, since `onednn` brings torch."""
-    if name == "onednn":
-        from samp_kernels.onednn import OneDnnBackend
-
-        return OneDnnBackend(threads)
-    if name == "reference":
-        from samp_kernels.reference import ReferenceBackend
-
-        return ReferenceBackend()
-    raise SampError("unknown_backend", f"backend {name!r}", ", ".join(BACKENDS), "choose one")
-
-
 def quantizable_sites(backend: Backend) -> tuple[str, ...]:
     """The sites that this backend can run in int8 with static scales."""
     able = backend.capabilities()
@@ -121,10 +107,9 @@ def prepare(
     check_plan(backend, config, plan)
     own = getattr(backend, "prepare", None)
     if own is not None:
-        session: Session = own(
-            config, tensors, plan, max_tokens=max_tokens, threads=threads, packs=packs
+        return _Counted(
+            own(config, tensors, plan, max_tokens=max_tokens, threads=threads, packs=packs)
         )
-        return session
     return LoopSession(backend, config, tensors, plan, packs)
 
 
@@ -153,6 +138,35 @@ def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
             # Elsewhere the op that writes the input holds no whole row.
             allowed = "a scale per token at qkv and ffn_in only"
             raise UnsupportedPrecision(f"{backend.name} {op}", f"{site} int8 token", allowed)
+        outliers = entry.recipe.outliers if entry.recipe is not None else 0
+        if outliers and ("gemm", "outliers", "") not in able:
+            got = f"{site} int8 with {outliers} outliers"
+            raise UnsupportedPrecision(f"{backend.name} {op}", got, "int8 without outliers")
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A backend's own session, whose passes count as everybody's do."""
+
+    own: Any
+
+    def run(
+        self, batch: Batch, *, output: OutputKind = "first", bit_layers: int | None = None
+    ) -> F32:
+        _count()
+        result: F32 = self.own.run(batch, output=output, bit_layers=bit_layers)
+        return result
+
+    def profile(self, batch: Batch, output: OutputKind = "first") -> list[tuple[str, str, float]]:
+        _count()
+        timings: list[tuple[str, str, float]] = self.own.profile(batch, output)
+        return timings
+
+    def executed(self) -> dict[str, str]:
+        return dict(self.own.executed())
+
+    def close(self) -> None:
+        self.own.close()
 
 
 class LoopSession:
@@ -178,6 +192,8 @@ class LoopSession:
         )
         self._embedding_ln = self._layer_norm(tensors, "embeddings.ln")
         self._layers = [self._layer(tensors, plan, i) for i in range(config.layers)]
+        has_classifier = "classifier.weight" in tensors
+        self._classifier = self._gemm(tensors, plan, "classifier") if has_classifier else None
 
     def run(
         self, batch: Batch, *, output: OutputKind = "first", bit_layers: int | None = None
@@ -199,8 +215,7 @@ class LoopSession:
 
         The same as a whole pass if both plans are the same in the layers before it.
         """
-        global FORWARDS
-        FORWARDS += 1
+        _count()
         self._executed.clear()
         x = self._backend.quantize(start.hidden, self._layers[start.layer].qkv.input)
         return self._from_layer(start, start.hidden, x, output)
@@ -224,15 +239,25 @@ class LoopSession:
 
     def _gemm(self, tensors: Mapping[str, Array], plan: Plan, name: str) -> _Gemm:
         precision = plan.precision(name)
-        weight = Weight(tensors[f"{name}.weight"], tensors.get(f"{name}.weight_scale"))
+        outliers = tensors.get(f"{name}.outliers")
+        weight = Weight(
+            tensors[f"{name}.weight"],
+            tensors.get(f"{name}.weight_scale"),
+            outliers,
+            tensors.get(f"{name}.outlier_weight"),
+        )
         entry = plan.sites.get(name)
         if precision == "fp32":
             feed = Out("fp32")
         elif entry is not None and entry.recipe is not None and entry.recipe.activation == "token":
             feed = Out("int8", "token")
         else:
-            feed = Out("int8", _scalar(tensors, f"{name}.input_scale"))
-        granularity = entry.recipe.weight if entry is not None and entry.recipe is not None else ""
+            keep = () if outliers is None else tuple(outliers.tolist())
+            feed = Out("int8", _scalar(tensors, f"{name}.input_scale"), keep)
+        recipe = entry.recipe if entry is not None else None
+        granularity = "" if recipe is None else str(recipe.weight)
+        if outliers is not None:
+            granularity += f", {len(outliers)} outliers"
         key = (name, precision, granularity)
         if key not in self._packs:
             self._packs[key] = self._backend.pack(weight, precision)
@@ -265,8 +290,7 @@ class LoopSession:
         timings: list[tuple[str, str, float]] | None = None,
         kept: list[LayerInput] | None = None,
     ) -> F32:
-        global FORWARDS
-        FORWARDS += 1
+        _count()
         self._executed.clear()
         batch, order = sort_by_length(batch)
         backend = self._backend
@@ -349,6 +373,8 @@ class LoopSession:
             residual = backend.pool(residual, cu, "mean")
         elif output == "tokens":
             residual = residual[: start.tokens]
+            if self._classifier is not None:
+                residual = self._run_gemm(timed, self._classifier, residual, Out())
         y = backend.to_host(residual).astype(np.float32)
         return restore_order(y, cu, start.order, output)
 
@@ -412,6 +438,11 @@ def load_session(folder: Path, threads: int | None = None) -> Session:
     """The session of an encoder folder, on the backend that its plan names."""
     config, plan, tensors = load_encoder(folder)
     return prepare(open_backend(plan.backend, threads), config, tensors, plan, threads=threads)
+
+
+def _count() -> None:
+    global FORWARDS
+    FORWARDS += 1
 
 
 def _scalar(tensors: Mapping[str, Array], name: str) -> float:

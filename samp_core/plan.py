@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 QUANTIZED = ("int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
+MOST_OUTLIERS = 64
 _RECIPE_WORDS = {
     "weight": ("channel", "tensor"),
     "activation": ("static", "token"),
@@ -34,6 +35,8 @@ class Recipe:
     percentile: float | None = None
     smooth: float | None = None
     rounding: str = "nearest"
+    outliers: int = 0
+    """Input channels of the largest magnitude, multiplied in fp32 beside the int8 product."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
     """Static activation scales by stored name, of every site, so that a plan needs no data."""
+    outliers: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Site -> its input channels of the largest magnitude, for recipes that split them off."""
 
     def precision(self, site: str) -> str:
         """The precision of a full site name; fp32 where the plan is silent."""
@@ -73,18 +78,35 @@ class Plan:
     def quantized_sites(self) -> list[str]:
         return [site for site, entry in self.sites.items() if entry.precision in QUANTIZED]
 
+    def split_channels(self, site: str) -> list[int]:
+        """The input channels that the site's recipe splits off, ascending."""
+        entry = self.sites.get(site)
+        count = entry.recipe.outliers if entry is not None and entry.recipe is not None else 0
+        channels = self.outliers.get(site, ())
+        if count > len(channels):
+            raise SampError(
+                "no_outliers",
+                f"{site} splits {count} channels off and the plan names {len(channels)}",
+                "as many in `outliers`, as samp build writes",
+                "give --data, so that they are calibrated",
+            )
+        return sorted(channels[:count])
+
     def with_provenance(self, **fields: Any) -> Plan:
         return replace(self, **fields)
 
     def key(self) -> str:
         """SHA-256 of what the encoder computes: model, backend, sites, scales; no measurements."""
-        sites = {k: asdict(v) for k, v in sorted(self.sites.items())}
+        sites = {k: _site_body(v) for k, v in sorted(self.sites.items())}
         payload = {
             "model": self.model_sha256,
             "backend": self.backend,
             "sites": sites,
             "scales": dict(sorted(self.scales.items())) if self.quantized_sites() else {},
         }
+        split = {site: self.split_channels(site) for site in sorted(self.sites)}
+        if any(split.values()):
+            payload["outliers"] = {site: channels for site, channels in split.items() if channels}
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def summary(self) -> str:
@@ -101,9 +123,12 @@ class Plan:
 
     def to_json(self) -> str:
         body = {"schema": SCHEMA, **asdict(self)}
+        body["sites"] = {name: _site_body(entry) for name, entry in self.sites.items()}
         for entry in body["sites"].values():
             if entry["recipe"] is not None:
                 entry["recipe"] = {k: v for k, v in entry["recipe"].items() if v is not None}
+        if not self.outliers:
+            del body["outliers"]
         return json.dumps(body, indent=1) + "\n"
 
     @staticmethod
@@ -121,7 +146,7 @@ class Plan:
         missing = [k for k in ("model_sha256", "config", "backend", "sites") if k not in body]
         if missing:
             raise _bad(source, f"no {', '.join(missing)}", "model_sha256, config, backend, sites")
-        for key in ("config", "sites", "scales"):
+        for key in ("config", "sites", "scales", "outliers"):
             if not isinstance(body.get(key, {}), dict):
                 raise _bad(source, f"{key} is a {type(body[key]).__name__}", "a JSON object")
         layers = body["config"].get("layers")
@@ -146,7 +171,24 @@ class Plan:
             modelled=body.get("modelled", {}),
             versions=body.get("versions", {}),
             scales=body.get("scales", {}),
+            outliers=_parse_outliers(source, body.get("outliers", {})),
         )
+
+
+def _site_body(entry: SitePlan) -> dict[str, Any]:
+    """One site as JSON; a recipe without outliers does not name them."""
+    body = asdict(entry)
+    if body["recipe"] is not None and not body["recipe"]["outliers"]:
+        del body["recipe"]["outliers"]
+    return body
+
+
+def _parse_outliers(source: str, found: Mapping[str, Any]) -> dict[str, list[int]]:
+    for name, channels in found.items():
+        good = isinstance(channels, list) and all(type(c) is int and c >= 0 for c in channels)
+        if not good or len(set(channels)) != len(channels):
+            raise _bad(source, f"outliers of {name}: {channels!r}", "different channels, from 0")
+    return dict(found)
 
 
 def _bad(source: str, given: str, allowed: str) -> SampError:
@@ -184,6 +226,11 @@ def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
         value = getattr(recipe, key)
         if value not in allowed:
             raise _bad(source, f"{name}: {key} {value!r}", ", ".join(allowed))
+    count = recipe.outliers
+    if type(count) is not int or not 0 <= count <= MOST_OUTLIERS:
+        raise _bad(source, f"{name}: outliers {count!r}", f"a whole number, 0 to {MOST_OUTLIERS}")
+    if count and (recipe.activation == "token" or name.rsplit(".", 1)[1] not in GEMM_SITES):
+        raise _bad(source, f"{name}: outliers", f"at {', '.join(GEMM_SITES)} with a static scale")
     percent = recipe.percentile
     if percent is not None and (type(percent) not in (int, float) or not 50 < percent <= 100):
         raise _bad(source, f"{name}: percentile {percent!r}", "a number above 50, at most 100")
@@ -202,9 +249,10 @@ def mode_plan(
     `sites` are the ones that the backend can quantize; `full(k)` means exactly those.
     """
     chosen = tuple(s for s in sites if s.startswith("ffn_")) if kind == "ffn_only" else sites
+    plain = replace(recipe, outliers=0)  # Attention multiplies activations: no channel is apart.
     plans = {
         f"layer.{layer}.{site}": (
-            SitePlan("int8", recipe)
+            SitePlan("int8", recipe if site in GEMM_SITES else plain)
             if kind != "float" and layer < k and site in chosen
             else SitePlan("fp32")
         )

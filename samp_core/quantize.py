@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from samp_kernels.interface import F32, GEMM_SITES, Array
@@ -23,6 +23,15 @@ def quantize_weight(weight: Array, recipe: Recipe) -> tuple[Array, F32]:
     scale[scale < np.finfo(np.float32).tiny] = 1.0
     q = np.clip(np.rint(weight / scale[:, None]), -QMAX, QMAX).astype(np.int8)
     return q, scale
+
+
+def without(weight: Array, channels: Sequence[int]) -> Array:
+    """W with zeros at some input channels: they wreck no scale and add nothing."""
+    if not channels:
+        return weight
+    rest = np.array(weight)
+    rest[:, list(channels)] = 0.0
+    return rest
 
 
 def export_weights(
@@ -57,9 +66,14 @@ def export_weights(
                     "no smoothing, rounding 'nearest'",
                     "edit the plan",
                 )
-            key = (name, entry.recipe.weight)
+            channels = plan.split_channels(name)
+            key = (name, f"{entry.recipe.weight} {channels}" if channels else entry.recipe.weight)
+            weight = tensors[f"{name}.weight"]
+            if channels:
+                stored[f"{name}.outliers"] = np.array(channels, dtype=np.int32)
+                stored[f"{name}.outlier_weight"] = np.asarray(weight[:, channels], np.float32)
             if key not in memo:
-                memo[key] = quantize_weight(tensors[f"{name}.weight"], entry.recipe)
+                memo[key] = quantize_weight(without(weight, channels), entry.recipe)
             stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = memo[key]
             if entry.recipe.activation == "static":
                 stored[f"{name}.input_scale"] = _scale(plan, f"{name}.input_scale")

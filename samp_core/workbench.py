@@ -120,12 +120,7 @@ class Workbench:
         plan = self.base_plan()
 
         def make() -> dict[str, Array]:
-            session = self.session(plan)
-            if not isinstance(session, LoopSession):
-                raise SampError(
-                    "no_calibration", self.backend_name, "a backend that shows its activations",
-                    "calibrate with backend onednn",
-                )  # fmt: skip
+            session = self.loop_session(plan)
             packed = [batch for batch, _ in batches(self.pieces(split))]
             step = self.progress("calibrate: activation ranges", 2 * len(packed))
             output = self.head.encoder_output

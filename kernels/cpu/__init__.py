@@ -26,11 +26,15 @@ def missing() -> str:
     return ""
 
 
+def level() -> str:
+    """The dispatch level that runs here; "" where the extension is missing."""
+    if missing():
+        return ""
+    native = importlib.import_module("samp_kernels.cpu._native")
+    return str(native.current_level().name)
+
+
 def state() -> str:
     """One line: the level that runs, or what is lost and how to get it."""
     why = missing()
-    if why:
-        return f"absent, {why}; `onednn` goes on; {MEND}"
-    from samp_kernels.cpu import _native
-
-    return f"{_native.current_level().name} kernels"
+    return f"absent, {why}; `onednn` goes on; {MEND}" if why else f"{level()} kernels"

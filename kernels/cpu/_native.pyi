@@ -94,7 +94,9 @@ class Session:
         eps: float,
         threads: int,
     ) -> None: ...
-    def set_embeddings(self, word: F32, position: F32, type: F32, gamma: F32, beta: F32) -> None: ...
+    def set_embeddings(
+        self, word: F32, position: F32, type: F32, gamma: F32, beta: F32
+    ) -> None: ...
     def set_gemm(
         self,
         layer: int,

@@ -56,18 +56,18 @@ class NativeSession:
         self._layers = config.layers
         self._backend = backend
         self._packs: Packs = {} if packs is None else packs
-        self._session = _native.Session(
-            backend.level,
-            config.layers,
-            config.hidden,
-            config.heads,
-            config.ffn,
-            _ACTIVATIONS[config.act],
-            config.eps,
-            threads,
+        sizes = (config.layers, config.hidden, config.heads, config.ffn)
+        act = _ACTIVATIONS[config.act]
+        try:
+            self._session = _native.Session(backend.level, *sizes, act, config.eps, threads)
+        except ValueError as error:
+            got, _, allowed = str(error).partition("; wanted ")
+            raise KernelError("prepare", got, allowed) from None
+        word, position, kind = (
+            _floats(tensors[f"embeddings.{part}"]) for part in ("word", "position", "type")
         )
-        tables = (_floats(tensors[f"embeddings.{part}"]) for part in ("word", "position", "type"))
-        self._session.set_embeddings(*tables, *_norm(tensors, "embeddings.ln"))
+        gamma, beta = _norm(tensors, "embeddings.ln")
+        self._session.set_embeddings(word, position, kind, gamma, beta)
         for layer in range(config.layers):
             prefix = f"layer.{layer}"
             for site in GEMM_SITES:
@@ -83,7 +83,7 @@ class NativeSession:
             self._session.set_attention(layer, *scales)
         if "classifier.weight" in tensors:
             self._set_gemm(0, "classifier", tensors, plan, "classifier")
-        self._timed = False
+        self._failed = False
 
     def run(
         self, batch: Batch, *, output: OutputKind = "first", bit_layers: int | None = None
@@ -104,6 +104,8 @@ class NativeSession:
         return found
 
     def executed(self) -> dict[str, str]:
+        if self._failed:
+            return {}
         ran = self._session.executed()
         return {
             f"layer.{layer}.{site}": _RAN[ran[layer * len(SITES) + place]]
@@ -120,12 +122,14 @@ class NativeSession:
         if output not in _OUTPUTS:
             raise KernelError("run", f"output {output!r}", ", ".join(_OUTPUTS))
         arrays = (batch.ids, batch.types, batch.positions, batch.cu_seqlens)
-        flat = [np.ascontiguousarray(x, dtype=np.int32) for x in arrays]
+        ids, types, positions, cu = (np.ascontiguousarray(x, dtype=np.int32) for x in arrays)
+        self._failed = True
         try:
-            result: F32 = self._session.run(*flat, _OUTPUTS[output], timed)
+            result = self._session.run(ids, types, positions, cu, _OUTPUTS[output], timed)
         except ValueError as error:
             got, _, allowed = str(error).partition("; allowed: ")
             raise KernelError("run", got, allowed or "a packed batch") from None
+        self._failed = False
         return result
 
     def _set_gemm(

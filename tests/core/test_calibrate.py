@@ -42,7 +42,7 @@ def observe(weights: dict[str, Array] | None = None, output: Any = "tokens") -> 
 
 
 def activations(output: Any) -> dict[str, Array]:
-    """Every site's inputs over all batches, flat, as the session shows them."""
+    """Every site's inputs over all batches, [rows, channels], as the session shows them."""
     seen: dict[str, list[Array]] = {}
 
     def note(name: str, value: Any) -> None:
@@ -50,9 +50,9 @@ def activations(output: Any) -> dict[str, Array]:
             hidden = CONFIG.hidden
             for place, part in enumerate(("scores.q", "scores.k", "context.v")):
                 x = value[0][:, place * hidden : (place + 1) * hidden]
-                seen.setdefault(f"layer.0.{part}", []).append(x.ravel())
+                seen.setdefault(f"layer.0.{part}", []).append(x)
         else:
-            seen.setdefault(name, []).append(value.ravel())
+            seen.setdefault(name, []).append(value)
 
     for batch in BATCHES:
         session().observe(batch, output, note)
@@ -63,11 +63,14 @@ def activations(output: Any) -> dict[str, Array]:
 def test_ranges_are_those_of_the_activations(output: str) -> None:
     ranges, inputs = observe(output=output), activations(output)
     assert set(inputs) == SITES
-    assert set(ranges) == SITES | {f"{name}.amax" for name in SITES}
+    beside = {f"{name}.{part}" for name in SITES for part in ("amax", "channels")}
+    assert set(ranges) == SITES | beside
     tokens, rows = sum(b.tokens for b in BATCHES), sum(b.sequences for b in BATCHES)
     for name, x in inputs.items():
         amax = np.abs(x).max()
         assert ranges[f"{name}.amax"].tolist() == [amax]
+        each = np.abs(x).max(axis=0).astype(np.float32)
+        np.testing.assert_array_equal(ranges[f"{name}.channels"], each)
         histogram, _ = np.histogram(np.abs(x), bins=calibrate.BINS, range=(0, amax))
         assert np.abs(histogram - ranges[name]).sum() <= 4, "more than edges differ"
         assert ranges[name].sum() == x.size

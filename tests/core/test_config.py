@@ -45,7 +45,7 @@ def test_two_flags_are_enough() -> None:
     assert {name: tier.drop for name, tier in build.tiers.items()} == {
         "high": 0.5, "balanced": 1.0, "fast": 2.0,
     }  # fmt: skip
-    assert (build.task, build.backend, build.calibrator) == ("classification", "onednn", "auto")
+    assert (build.task, build.backend, build.calibrator) == ("classification", "auto", "auto")
     assert (build.rows.calibration, build.rows.search) == (256, 1024)
     assert (build.alpha, build.seed, build.percentile) == (0.05, 0, 99.99)
     assert build.threads >= 1

@@ -23,6 +23,7 @@ ITEMS = [
     "torch",
     "oneDNN int8",
     "cpu",
+    "cpu kernels",
     "cores",
     "memory",
     "/dev/shm",

@@ -131,7 +131,7 @@ def test_a_plan_edited_by_hand(built: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_says_which_backend(built: Path, tmp_path: Path) -> None:
-    """Attention in int8 is there on `reference` alone."""
+    """All plans of a repository name one; an exact tier follows them."""
 
     def change(plan: Json) -> None:
         plan["backend"] = "reference"
@@ -145,12 +145,18 @@ def test_the_plan_says_which_backend(built: Path, tmp_path: Path) -> None:
     mixed = generate(tmp_path / "out", mine, plan_file(built, "high"))
     line = error(mixed, 2)
     assert "plans of one backend" in line
-    assert "onednn" in line
+    assert json.loads(plan_file(built, "high").read_text())["backend"] in line
     assert "reference" in line
 
 
 def test_what_the_backend_lacks_is_refused(built: Path, tmp_path: Path) -> None:
-    mine = edited(built, tmp_path / "mine.json", int8("layer.1.scores"))
+    """onednn has no int8 attention."""
+
+    def change(plan: Json) -> None:
+        plan["backend"] = "onednn"
+        int8("layer.1.scores")(plan)
+
+    mine = edited(built, tmp_path / "mine.json", change)
     line = error(generate(tmp_path / "out", mine))
     assert "layer.1.scores int8" in line
     assert "allowed: fp32" in line

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
+from samp_core.backends import BACKENDS, open_backend
 from samp_core.doctor import examine
-from samp_core.encoder import BACKENDS, open_backend
 from samp_core.errors import SampError
 
 pytestmark = [

@@ -13,6 +13,7 @@ void bind_session(nb::module_& m);
 void bind_limits(nb::module_& m);
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // A backend may live as long as the interpreter.
   samp::bind_ops(m);
   samp::bind_session(m);
   bind_limits(m);
