@@ -1,10 +1,11 @@
-"""The load of the serving benchmark, in a process of its own: N callers, each waits for its answer.
+"""The load of the serving benchmarks, in a process of its own: N callers that wait for answers.
 
     python benchmarks/closed_loop.py TEXTS.jsonl
 
-Reads one job a line on standard input and writes one result a line. Requests are serialized before
-the clock starts and answers are not parsed while it runs, so that little of the machine goes to
-the client; both sides of a comparison are called by the same code.
+Reads one job a line on standard input and writes one result a line; `rows` is texts a request, 1 if
+not given. Requests are serialized before the clock starts and answers are not parsed while it runs,
+so that little of the machine goes to the client; both sides of a comparison are called by the same
+code.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ METHOD = "/inference.GRPCInferenceService/ModelInfer"
 TIMEOUT_S = 60.0
 
 
-def request(model: str, text: str) -> bytes:
-    """A serialized ModelInferRequest for one text."""
-    raw = text.encode()
+def request(model: str, texts: Sequence[str]) -> bytes:
+    """A serialized ModelInferRequest for these texts."""
+    raw = b"".join(struct.pack("<I", len(text.encode())) + text.encode() for text in texts)
     message = service_pb2.ModelInferRequest(model_name=model)
-    message.inputs.add(name="TEXT", datatype="BYTES", shape=[1, 1])
-    message.raw_input_contents.append(struct.pack("<I", len(raw)) + raw)
+    message.inputs.add(name="TEXT", datatype="BYTES", shape=[len(texts), 1])
+    message.raw_input_contents.append(raw)
     return bytes(message.SerializeToString())
+
+
+def requests(model: str, texts: Sequence[str], rows: int) -> list[bytes]:
+    """The texts in their order, `rows` a request; what is left over is not sent."""
+    starts = range(0, len(texts) - rows + 1, rows)
+    return [request(model, texts[start : start + rows]) for start in starts]
 
 
 def label(answer: bytes) -> str:
@@ -108,7 +115,7 @@ def main() -> None:
         if job["url"] not in calls:
             calls[job["url"]] = grpc.insecure_channel(job["url"]).unary_unary(METHOD)
         call = calls[job["url"]]
-        payloads = [request(job["model"], text) for text in texts[: job.get("texts")]]
+        payloads = requests(job["model"], texts[: job.get("texts")], job.get("rows", 1))
         if "concurrency" in job:
             result = closed_loop(call, payloads, job["concurrency"], job["seconds"], job["warm_s"])
         else:
