@@ -88,7 +88,7 @@ class Encoder {
   struct Pass;     // one call of run
   class Clock;
 
-  void plan(Pass& pass) const;
+  void plan(Pass& pass);
   static void work(void* context, int phase, int task, int thread);
   void step(Pass& pass, int phase, int task, int thread);
 
