@@ -7,12 +7,11 @@
 // in order and a context value its keys in order, in one accumulator each: a query's result does
 // not depend on which other queries are computed.
 
-constexpr int kTileRows = 6;
-constexpr int kTileVectors = W == 16 ? 4 : 2;  // 24 accumulators of 32 registers, 12 of 16
-constexpr int kPanel = kTileVectors * W;
-constexpr int kBlockTiles = 4;  // tiles whose scores are held at once: K stays in L1 for them all
-constexpr int kBlockRows = kTileRows * kBlockTiles;
-constexpr long kInPlace = 12;  // up to so many queries read V where it lies
+constexpr int kTileVectors = W == 16 ? 4 : 2;
+constexpr int kMaxRows = 12;
+// The tallest tile of 1, 2, ... vectors: 24 accumulators of 32 registers, or 12 of 16.
+constexpr int kTileRows[4] = {12, W == 16 ? 12 : 6, 8, 6};
+constexpr long kBlockRows = 36;  // queries whose scores are held at once: K stays in L1 for them
 
 struct Tile {
   const void* a = nullptr;  // float or u8 rows
@@ -36,18 +35,19 @@ static void tile_f32(const Tile& t) {
     vf y[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) y[v] = load(b + v * W);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int q = 0; q < Q; ++q) {
       const vf x = set1(a[q * t.lda + k]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) acc[q][v] = fma(x, y[v], acc[q][v]);
     }
   }
-#pragma GCC unroll 6
+  const Tile at = t;  // a copy: the stores could change t
+#pragma GCC unroll 12
   for (int q = 0; q < Q; ++q) {
-    const vf s = set1(t.scale[q * t.scale_step]);
+    const vf s = set1(at.scale[q * at.scale_step]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(t.c + q * t.ldc + v * W, acc[q][v] * s);
+    for (int v = 0; v < V; ++v) store(at.c + q * at.ldc + v * W, acc[q][v] * s);
   }
 }
 
@@ -59,14 +59,14 @@ static void tile_i8(const Tile& t) {
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     const vi x = t.start ? loadi(t.start + v * W) : vi{};
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int q = 0; q < Q; ++q) acc[q][v] = x;
   }
   for (long k = 0; k < t.k; ++k, b += 4 * t.ldb) {
     vi y[V];
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) y[v] = loadi(b + v * 4 * W);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int q = 0; q < Q; ++q) {
       int32_t four;
       __builtin_memcpy(&four, a + q * t.lda + 4 * k, 4);
@@ -75,93 +75,92 @@ static void tile_i8(const Tile& t) {
       for (int v = 0; v < V; ++v) acc[q][v] = dot4(acc[q][v], x, y[v]);
     }
   }
-#pragma GCC unroll 6
+  const Tile at = t;  // a copy: the stores could change t
+#pragma GCC unroll 12
   for (int q = 0; q < Q; ++q) {
-    const vf s = set1(t.scale[q * t.scale_step]);
+    const vf s = set1(at.scale[q * at.scale_step]);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(t.c + q * t.ldc + v * W, to_float(acc[q][v]) * s);
+    for (int v = 0; v < V; ++v) store(at.c + q * at.ldc + v * W, to_float(acc[q][v]) * s);
   }
 }
 
 typedef void (*TileFunction)(const Tile&);
+#define SAMP_SIX(f, v) f<1, v>, f<2, v>, f<3, v>, f<4, v>, f<5, v>, f<6, v>
+#define SAMP_TWELVE(f, v) SAMP_SIX(f, v), f<7, v>, f<8, v>, f<9, v>, f<10, v>, f<11, v>, f<12, v>
 #if SAMP_LEVEL == 3
-#define SAMP_TILES(f, q) {f<q, 1>, f<q, 2>, f<q, 3>, f<q, 4>}
+#define SAMP_TILES(f) \
+  {{SAMP_TWELVE(f, 1)}, {SAMP_TWELVE(f, 2)}, {SAMP_SIX(f, 3), f<7, 3>, f<8, 3>}, {SAMP_SIX(f, 4)}}
 #else
-#define SAMP_TILES(f, q) {f<q, 1>, f<q, 2>}
+#define SAMP_TILES(f) {{SAMP_TWELVE(f, 1)}, {SAMP_SIX(f, 2)}}
 #endif
-#define SAMP_ALL_TILES(f)                                                                      \
-  {SAMP_TILES(f, 1), SAMP_TILES(f, 2), SAMP_TILES(f, 3), SAMP_TILES(f, 4), SAMP_TILES(f, 5),   \
-   SAMP_TILES(f, 6)}
-static const TileFunction kTilesF32[kTileRows][kTileVectors] = SAMP_ALL_TILES(tile_f32);
-static const TileFunction kTilesI8[kTileRows][kTileVectors] = SAMP_ALL_TILES(tile_i8);
+static const TileFunction kTilesF32[kTileVectors][kMaxRows] = SAMP_TILES(tile_f32);
+static const TileFunction kTilesI8[kTileVectors][kMaxRows] = SAMP_TILES(tile_i8);
+
+// c = a b for `rows` rows, in panels of `panel` vectors that lie `panel_bytes` apart in b.
+SAMP_INLINE void multiply(bool int8, const Tile& t, long rows, long vectors, long panel,
+                          long panel_bytes) {
+  const TileFunction(*tiles)[kMaxRows] = int8 ? kTilesI8 : kTilesF32;
+  for (long v = 0; v < vectors; v += panel) {
+    const long wide = vectors - v < panel ? vectors - v : panel;
+    // Tiles of nearly the same height: 27 rows by 6 are 6, 6, 5, 5, 5 rather than 6, 6, 6, 6, 3.
+    long left = (rows + kTileRows[wide - 1] - 1) / kTileRows[wide - 1];
+    Tile part = t;
+    part.b = (const char*)t.b + v / panel * panel_bytes;
+    part.c = t.c + v * W;
+    if (t.start) part.start = t.start + v * W;
+    for (long q = 0, high; q < rows; q += high, --left) {
+      high = (rows - q + left - 1) / left;
+      tiles[wide - 1][high - 1](part);
+      part.a = (const char*)part.a + high * t.lda * (int8 ? 1 : 4);
+      part.scale += high * t.scale_step;
+      part.c += high * t.ldc;
+    }
+  }
+}
 
 // ---- packing of K and V ----
 
 SAMP_INLINE long round_up(long x, long to) { return (x + to - 1) / to * to; }
 
 // 16 bytes (4 columns of 4 bytes) of each of W rows -> 4 vectors, one a column.
-SAMP_INLINE void transpose4(const char* x, const long* offset, vf* column) {
+SAMP_INLINE void transpose_rows(const char* x, const long* offset, vf* column) {
+  vf z[4];  // lane j of z[i] is row 4 j + i
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
 #if SAMP_LEVEL == 3
-  __m512 z[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {  // lane j of z[i] is row 4 j + i; a masked load, not a shuffle
-    z[i] = _mm512_castps128_ps512(_mm_loadu_ps((const float*)(x + offset[i])));
-    z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x00f0,
-                                       _mm_loadu_ps((const float*)(x + offset[i + 4])));
-    z[i] = _mm512_mask_broadcast_f32x4(z[i], 0x0f00,
-                                       _mm_loadu_ps((const float*)(x + offset[i + 8])));
-    z[i] = _mm512_mask_broadcast_f32x4(z[i], 0xf000,
-                                       _mm_loadu_ps((const float*)(x + offset[i + 12])));
-  }
-  const __m512d a = (__m512d)_mm512_unpacklo_ps(z[0], z[1]);
-  const __m512d b = (__m512d)_mm512_unpacklo_ps(z[2], z[3]);
-  const __m512d c = (__m512d)_mm512_unpackhi_ps(z[0], z[1]);
-  const __m512d d = (__m512d)_mm512_unpackhi_ps(z[2], z[3]);
-  column[0] = (vf)_mm512_unpacklo_pd(a, b), column[1] = (vf)_mm512_unpackhi_pd(a, b);
-  column[2] = (vf)_mm512_unpacklo_pd(c, d), column[3] = (vf)_mm512_unpackhi_pd(c, d);
+    // Masked loads: an insert would be a shuffle.
+    __m512 y = _mm512_castps128_ps512(_mm_loadu_ps((const float*)(x + offset[i])));
+    y = _mm512_mask_broadcast_f32x4(y, 0x00f0, _mm_loadu_ps((const float*)(x + offset[i + 4])));
+    y = _mm512_mask_broadcast_f32x4(y, 0x0f00, _mm_loadu_ps((const float*)(x + offset[i + 8])));
+    y = _mm512_mask_broadcast_f32x4(y, 0xf000, _mm_loadu_ps((const float*)(x + offset[i + 12])));
+    z[i] = (vf)y;
 #elif SAMP_LEVEL >= 1
-  __m256 z[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    z[i] = _mm256_insertf128_ps(
-        _mm256_castps128_ps256(_mm_loadu_ps((const float*)(x + offset[i]))),
-        _mm_loadu_ps((const float*)(x + offset[i + 4])), 1);
-  const __m256d a = (__m256d)_mm256_unpacklo_ps(z[0], z[1]);
-  const __m256d b = (__m256d)_mm256_unpacklo_ps(z[2], z[3]);
-  const __m256d c = (__m256d)_mm256_unpackhi_ps(z[0], z[1]);
-  const __m256d d = (__m256d)_mm256_unpackhi_ps(z[2], z[3]);
-  column[0] = (vf)_mm256_unpacklo_pd(a, b), column[1] = (vf)_mm256_unpackhi_pd(a, b);
-  column[2] = (vf)_mm256_unpacklo_pd(c, d), column[3] = (vf)_mm256_unpackhi_pd(c, d);
+    const __m256 y = _mm256_castps128_ps256(_mm_loadu_ps((const float*)(x + offset[i])));
+    z[i] = (vf)_mm256_insertf128_ps(y, _mm_loadu_ps((const float*)(x + offset[i + 4])), 1);
 #else
-  vf z[4];
-  for (int i = 0; i < 4; ++i) z[i] = load((const float*)(x + offset[i]));
-  const vf a = __builtin_shuffle(z[0], z[1], vi{0, 4, 1, 5});
-  const vf b = __builtin_shuffle(z[2], z[3], vi{0, 4, 1, 5});
-  const vf c = __builtin_shuffle(z[0], z[1], vi{2, 6, 3, 7});
-  const vf d = __builtin_shuffle(z[2], z[3], vi{2, 6, 3, 7});
-  column[0] = __builtin_shuffle(a, b, vi{0, 1, 4, 5});
-  column[1] = __builtin_shuffle(a, b, vi{2, 3, 6, 7});
-  column[2] = __builtin_shuffle(c, d, vi{0, 1, 4, 5});
-  column[3] = __builtin_shuffle(c, d, vi{2, 3, 6, 7});
+    z[i] = load((const float*)(x + offset[i]));
 #endif
+  }
+  transpose_lanes(z, column);
 }
 
-// K [n, columns of 4 bytes] -> panels [column][kPanel keys]. The rows beyond n repeat the last one:
+// K [n, columns of 4 bytes] -> panels [column][panel keys]. The rows beyond n repeat the last one:
 // their scores are masked. u8 becomes s8, and sums[key] = -128 times the key's sum, which takes the
 // queries' zero point out of a score.
 template <bool int8>
-SAMP_INLINE void pack_keys(const char* x, long ld_bytes, long n, long columns, void* packed,
-                           int32_t* sums) {
+SAMP_INLINE void pack_keys(const char* x, long ld_bytes, long n, long columns, long panel,
+                           void* packed, int32_t* sums) {
   const vi sign = set1i((int32_t)0x80808080);
-  for (long key = 0; key < n; key += W) {
-    float* to = (float*)packed + key / kPanel * kPanel * columns + key % kPanel;
-    long offset[W];
-    for (int i = 0; i < W; ++i) offset[i] = (key + i < n ? key + i : n - 1) * ld_bytes;
+  long offset[W];
+  for (int i = 0; i < W; ++i) offset[i] = i * ld_bytes;
+  for (long key = 0; key < n; key += W, x += W * ld_bytes) {
+    float* to = (float*)packed + key / panel * panel * columns + key % panel;
+    for (int i = (int)(n - key); i < W; ++i) offset[i] = (n - key - 1) * ld_bytes;
     vi sum{};
     long c = 0;
     for (; c + 4 <= columns; c += 4) {
       vf y[4];
-      transpose4(x + 4 * c, offset, y);
+      transpose_rows(x + 4 * c, offset, y);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         if (int8) {
@@ -169,7 +168,7 @@ SAMP_INLINE void pack_keys(const char* x, long ld_bytes, long n, long columns, v
           sum = dot4(sum, set1i(0x01010101), s8);
           y[i] = (vf)s8;
         }
-        store(to + (c + i) * kPanel, y[i]);
+        store(to + (c + i) * panel, y[i]);
       }
     }
     for (; c < columns; ++c) {
@@ -183,7 +182,7 @@ SAMP_INLINE void pack_keys(const char* x, long ld_bytes, long n, long columns, v
         y ^= sign;
         sum = dot4(sum, set1i(0x01010101), y);
       }
-      storei(to + c * kPanel, y);
+      storei(to + c * panel, y);
     }
     if (int8) storei(sums + key, sum * set1i(-128));
   }
@@ -192,41 +191,57 @@ SAMP_INLINE void pack_keys(const char* x, long ld_bytes, long n, long columns, v
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
 typedef uint16_t pairs8 __attribute__((vector_size(16)));
 
-// V u8 [n, d] -> s8 [n / 4][ld dims][4 keys]; keys beyond n and dims beyond d are 0.
-SAMP_INLINE void pack_values(const uint8_t* x, long ld_x, long n, long d, int8_t* packed, long ld) {
+// 16 dims of 4 keys -> [16][4] bytes; u8 becomes s8.
+SAMP_INLINE void interleave_keys(const bytes16* key, int8_t* to) {
+#if SAMP_LEVEL == 3
+  // One key a lane; then groups of 4 dims are gathered into lanes and transposed there.
+  const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i within = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  __m512i y = _mm512_castsi128_si512((__m128i)key[0]);
+  y = _mm512_mask_broadcast_i32x4(y, 0x00f0, (__m128i)key[1]);
+  y = _mm512_mask_broadcast_i32x4(y, 0x0f00, (__m128i)key[2]);
+  y = _mm512_mask_broadcast_i32x4(y, 0xf000, (__m128i)key[3]);
+  y = _mm512_shuffle_epi8(_mm512_permutexvar_epi32(across, y), within);
+  _mm512_storeu_si512(to, y ^ _mm512_set1_epi8((char)0x80));
+#else
+#define SAMP_LOW8(a, b) \
+  SAMP_SHUFFLE(bytes16, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define SAMP_HIGH8(a, b) \
+  SAMP_SHUFFLE(bytes16, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define SAMP_LOW16(a, b) SAMP_SHUFFLE(pairs8, a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define SAMP_HIGH16(a, b) SAMP_SHUFFLE(pairs8, a, b, 4, 12, 5, 13, 6, 14, 7, 15)
   const bytes16 sign = bytes16{} + (uint8_t)0x80;
+  const pairs8 a = (pairs8)(SAMP_LOW8(key[0], key[1]) ^ sign);
+  const pairs8 b = (pairs8)(SAMP_LOW8(key[2], key[3]) ^ sign);
+  const pairs8 c = (pairs8)(SAMP_HIGH8(key[0], key[1]) ^ sign);
+  const pairs8 d = (pairs8)(SAMP_HIGH8(key[2], key[3]) ^ sign);
+  const pairs8 y[4] = {SAMP_LOW16(a, b), SAMP_HIGH16(a, b), SAMP_LOW16(c, d), SAMP_HIGH16(c, d)};
+  __builtin_memcpy(to, y, sizeof y);
+#endif
+}
+
+// V u8 [n, d] -> s8 [n / 4][ld dims][4 keys]. Keys beyond n repeat the last one: their p is 0.
+SAMP_INLINE void pack_values(const uint8_t* x, long ld_x, long n, long d, int8_t* packed, long ld) {
+  const long whole = d / 16 * 16;
   for (long key = 0; key < n; key += 4, packed += 4 * ld) {
-    for (long c = 0; c < d; c += 16) {
-      bytes16 row[4];
+    bytes16 row[4] = {};
+    const uint8_t* from[4];
+    for (long i = 0; i < 4; ++i) from[i] = x + (key + i < n ? key + i : n - 1) * ld_x;
+    for (long c = 0; c < whole; c += 16) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        row[i] = sign;
-        if (key + i < n) {
-          const uint8_t* from = x + (key + i) * ld_x + c;
-          if (c + 16 <= d)
-            __builtin_memcpy(&row[i], from, 16);
-          else
-            __builtin_memcpy(&row[i], from, (size_t)(d - c));
-        }
-        row[i] ^= sign;
-      }
-#define SAMP_LOW(a, b) \
-  __builtin_shuffle(a, b, bytes16{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define SAMP_HIGH(a, b) \
-  __builtin_shuffle(a, b, bytes16{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
-      const pairs8 a = (pairs8)SAMP_LOW(row[0], row[1]), b = (pairs8)SAMP_LOW(row[2], row[3]);
-      const pairs8 e = (pairs8)SAMP_HIGH(row[0], row[1]), f = (pairs8)SAMP_HIGH(row[2], row[3]);
-      const pairs8 low{0, 8, 1, 9, 2, 10, 3, 11}, high{4, 12, 5, 13, 6, 14, 7, 15};
-      const pairs8 y[4] = {__builtin_shuffle(a, b, low), __builtin_shuffle(a, b, high),
-                           __builtin_shuffle(e, f, low), __builtin_shuffle(e, f, high)};
-      __builtin_memcpy(packed + 4 * c, y, sizeof y);
+      for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], from[i] + c, 16);
+      interleave_keys(row, packed + 4 * c);
     }
+    if (whole == d) continue;
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&row[i], from[i] + whole, (size_t)(d - whole));
+    interleave_keys(row, packed + 4 * whole);
   }
 }
 
 // ---- softmax ----
 
-// R rows of scores -> exp(s - max) in place, 0 beyond n; inverse[r] = 1 / their sum.
+// R (1 to 4) rows of scores -> exp(s - max) in place, 0 beyond n; inverse[0..3] = 1 / their sums.
 template <int R>
 SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, long ld_bias,
                               float* inverse) {
@@ -237,21 +252,23 @@ SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, long
         store(s + r * ld + i, load(s + r * ld + i) + load_n(bias + r * ld_bias + i, m));
       }
   const long last = (n - 1) / W * W;
-  const vi lane = lane_index();
-  const vi keep = (vi)(lane < set1i((int32_t)(n - last)));
-  const vf lowest = set1(-3.0e38f);
-  vf top[R], sum[R] = {};
+  const vi keep = (vi)(lane_index() < set1i((int32_t)(n - last)));
+  const vi lowest = (vi)set1(-3.0e38f) & ~keep;
+  vf top[4], sum[4] = {};
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     float* p = s + r * ld + last;
-    top[r] = (vf)(((vi)load(p) & keep) | ((vi)lowest & ~keep));
+    top[r] = (vf)(((vi)load(p) & keep) | lowest);
     store(p, top[r]);
   }
   for (long i = 0; i < last; i += W)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) top[r] = vmax(top[r], load(s + r * ld + i));
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) top[r] = set1(reduce_max(top[r]));
+  for (int r = R; r < 4; ++r) top[r] = top[0];
+  const vf4 tops = reduce4<true>(top);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) top[r] = set1(tops[r]);
   for (long i = 0; i <= last; i += W)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
@@ -259,8 +276,8 @@ SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, long
       store(s + r * ld + i, e);
       sum[r] += e;
     }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) inverse[r] = 1.0f / reduce_add(sum[r]);
+  const vf4 inverses = (vf4{} + 1.0f) / reduce4<false>(sum);
+  __builtin_memcpy(inverse, &inverses, sizeof inverses);
 }
 
 // ---- one head ----
@@ -270,7 +287,7 @@ struct HeadScratch {
   char* base;
   long used = 0;
   long columns;     // of values and context: d rounded up to whole vectors
-  float* keys;      // panels [d][kPanel], or [d / 4][kPanel] groups of 4
+  float* keys;      // panels [d][keys], or [d / 4][keys] groups of 4
   int32_t* sums;    // [n]
   float* values;    // [n][columns], or [n / 4][columns] groups of 4
   float* scores;    // [kBlockRows][n]
@@ -279,7 +296,7 @@ struct HeadScratch {
   uint8_t* rows[3]; // Q, K, V [n][d] quantized here
 
   HeadScratch(void* at, long d, long n) : base((char*)at), columns(round_up(d, 16)) {
-    const long padded = round_up(n, kPanel);
+    const long padded = round_up(n, kTileVectors * W);
     keys = (float*)take(padded * d * 4);
     sums = (int32_t*)take(padded * 4);
     values = (float*)take(round_up(n, 4) * columns * 4);
@@ -297,25 +314,6 @@ struct HeadScratch {
 
 static size_t attention_scratch(long head_dim, long max_seqlen) {
   return (size_t)HeadScratch(nullptr, head_dim, max_seqlen).used;
-}
-
-// c = a b for all rows of a block, panel by panel.
-SAMP_INLINE void multiply(bool int8, const Tile& t, long rows, long tile_rows, long vectors,
-                          long panel_bytes) {
-  for (long v = 0; v < vectors; v += kTileVectors) {
-    Tile part = t;
-    part.b = (const char*)t.b + v / kTileVectors * panel_bytes;
-    part.c = t.c + v * W;
-    if (t.start) part.start = t.start + v * W;
-    const long wide = vectors - v < kTileVectors ? vectors - v : kTileVectors;
-    for (long q = 0; q < rows; q += tile_rows) {
-      const long high = rows - q < tile_rows ? rows - q : tile_rows;
-      (int8 ? kTilesI8 : kTilesF32)[high - 1][wide - 1](part);
-      part.a = (const char*)part.a + tile_rows * t.lda * (int8 ? 1 : 4);
-      part.scale += tile_rows * t.scale_step;
-      part.c += tile_rows * t.ldc;
-    }
-  }
 }
 
 static void attention_head(const Attention& op, long begin, long n, long first_row, long head,
@@ -345,19 +343,22 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
 
   const float root = 1.0f / __builtin_sqrtf((float)d);
   const float score_scale = op.int8_scores ? op.q_scale * op.k_scale * root : root;
+  const long vectors = (n + W - 1) / W, panels = (vectors + kTileVectors - 1) / kTileVectors;
+  const long panel = (vectors + panels - 1) / panels;
   Tile score;
-  score.b = m.keys, score.ldb = kPanel, score.k = op.int8_scores ? d / 4 : d;
+  score.b = m.keys, score.ldb = panel * W, score.k = op.int8_scores ? d / 4 : d;
   score.scale = &score_scale;
-  score.ldc = round_up(n, W), score.c = m.scores;
+  score.ldc = vectors * W, score.c = m.scores;
   if (op.int8_scores) {
-    pack_keys<true>((const char*)u[1], ld_u, n, d / 4, m.keys, m.sums);
+    pack_keys<true>((const char*)u[1], ld_u, n, d / 4, panel * W, m.keys, m.sums);
     score.lda = ld_u, score.start = m.sums;
   } else {
-    pack_keys<false>((const char*)f[1], op.ld * 4, n, d, m.keys, nullptr);
+    pack_keys<false>((const char*)f[1], op.ld * 4, n, d, panel * W, m.keys, nullptr);
     score.lda = op.ld;
   }
 
-  const float context_scale = op.p_scale * op.v_scale;
+  const float inv_p = 1.0f / op.p_scale, context_scale = op.p_scale * op.v_scale;
+  const vf magic = set1(12582912.0f);  // rounds; the integer is in the low byte
   float inverse[kBlockRows];
   Tile context;
   context.ldb = m.columns;
@@ -368,7 +369,7 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
   } else {
     context.a = m.scores, context.lda = score.ldc, context.k = n;
     context.scale = inverse, context.scale_step = 1;
-    if (d % W == 0 && queries <= kInPlace) {  // too few reads of V to pay for a copy
+    if (d % W == 0 && queries <= kBlockRows) {  // V is read too few times to pay for a copy
       context.b = f[2], context.ldb = op.ld;
     } else {
       for (long row = 0; row < n; ++row)
@@ -380,39 +381,39 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
     }
   }
 
-  // Tiles of nearly the same height: 27 queries are 6, 6, 5, 5, 5 rather than 6, 6, 6, 6, 3.
-  const long tiles = (queries + kTileRows - 1) / kTileRows;
-  const long tile_rows = (queries + tiles - 1) / tiles;
-  const long block = tile_rows * kBlockTiles;
+  const long blocks = (queries + kBlockRows - 1) / kBlockRows;
+  const long block = round_up((queries + blocks - 1) / blocks, 6);  // whole tiles
   for (long q0 = 0; q0 < queries; q0 += block) {
     const long rows = queries - q0 < block ? queries - q0 : block;
     score.a = op.int8_scores ? (const void*)(u[0] + q0 * ld_u) : (const void*)(f[0] + q0 * op.ld);
-    multiply(op.int8_scores, score, rows, tile_rows, score.ldc / W, kPanel * score.k * 4);
+    multiply(op.int8_scores, score, rows, vectors, panel, panel * W * score.k * 4);
 
     const float* bias =
         op.position_bias ? op.position_bias + (head * op.ld_bias + q0) * op.ld_bias : nullptr;
     long r = 0;
-    for (; r < rows; r += rows - r >= 4 ? 4 : 1) {
-      float* s = m.scores + r * score.ldc;
+    for (; r < rows; r += 4) {
+      float* p = m.scores + r * score.ldc;
       const float* b = bias ? bias + r * op.ld_bias : nullptr;
-      if (rows - r >= 4)
-        softmax_rows<4>(s, score.ldc, n, b, op.ld_bias, inverse + r);
-      else
-        softmax_rows<1>(s, score.ldc, n, b, op.ld_bias, inverse + r);
+      switch (rows - r) {
+        case 1: softmax_rows<1>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
+        case 2: softmax_rows<2>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
+        case 3: softmax_rows<3>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
+        default: softmax_rows<4>(p, score.ldc, n, b, op.ld_bias, inverse + r);
+      }
     }
     if (op.int8_context)
       for (r = 0; r < rows; ++r) {
-        const vf s = set1(inverse[r] / op.p_scale);
+        const vf s = set1(inverse[r] * inv_p);
         for (long i = 0; i < score.ldc; i += W)
           store_bytes(m.p8 + r * score.ldc + i,
-                      round_even(vmin(load(m.scores + r * score.ldc + i) * s, set1(127.0f))), W);
+                      (vi)(vmin(load(m.scores + r * score.ldc + i) * s, set1(127.0f)) + magic), W);
       }
 
     const long row0 = op.first_only ? first_row : begin + q0;
     const bool direct = op.out.out_f && d % W == 0;
     context.c = direct ? op.out.out_f + row0 * op.out.ld_f + head * d : m.context;
     context.ldc = direct ? op.out.ld_f : m.columns;
-    multiply(op.int8_context, context, rows, tile_rows, (d + W - 1) / W, kPanel * 4);
+    multiply(op.int8_context, context, rows, (d + W - 1) / W, kTileVectors, kTileVectors * W * 4);
     for (r = 0; r < rows; ++r) {
       const float* c = context.c + r * context.ldc;
       const long to = row0 + r;

@@ -18,6 +18,13 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 
 #define SAMP_INLINE static inline __attribute__((always_inline))
 
+// Elements of two vectors by constant indices: clang has one spelling, gcc before 12 the other.
+#if defined(__clang__)
+#define SAMP_SHUFFLE(indices, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SAMP_SHUFFLE(indices, a, b, ...) __builtin_shuffle(a, b, indices{__VA_ARGS__})
+#endif
+
 SAMP_INLINE vf set1(float x) { return x - vf{}; }
 SAMP_INLINE vi set1i(int32_t x) { return x - vi{}; }
 
@@ -181,6 +188,12 @@ SAMP_INLINE vi dot4(vi acc, vi a, vi b) {
   __m256i b0 = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)b, 8), 8);
   __m256i b1 = _mm256_srai_epi16((__m256i)b, 8);
   return acc + (vi)_mm256_madd_epi16(a0, b0) + (vi)_mm256_madd_epi16(a1, b1);
+#elif defined(__SSE2__)
+  const __m128i low = _mm_set1_epi16(0x00ff);
+  __m128i a0 = _mm_and_si128((__m128i)a, low), a1 = _mm_srli_epi16((__m128i)a, 8);
+  __m128i b0 = _mm_srai_epi16(_mm_slli_epi16((__m128i)b, 8), 8);
+  __m128i b1 = _mm_srai_epi16((__m128i)b, 8);
+  return acc + (vi)_mm_madd_epi16(a0, b0) + (vi)_mm_madd_epi16(a1, b1);
 #else
   for (int j = 0; j < 4; ++j)
     acc += ((a >> (8 * j)) & 255) * ((vi)((vi)b << (24 - 8 * j)) >> 24);
