@@ -293,17 +293,17 @@ struct HeadScratch {
   float* scores;    // [kBlockRows][n]
   uint8_t* p8;      // [kBlockRows][n]
   float* context;   // [kBlockRows][columns]
-  uint8_t* rows[3]; // Q, K, V [n][d] quantized here
+  uint8_t* rows[3]; // Q, K, V [n][d rounded up to 4] quantized here
 
   HeadScratch(void* at, long d, long n) : base((char*)at), columns(round_up(d, 16)) {
     const long padded = round_up(n, kTileVectors * W);
-    keys = (float*)take(padded * d * 4);
+    keys = (float*)take(padded * round_up(d, 4) * 4);
     sums = (int32_t*)take(padded * 4);
     values = (float*)take(round_up(n, 4) * columns * 4);
     scores = (float*)take(kBlockRows * padded * 4);
     p8 = (uint8_t*)take(kBlockRows * padded);
     context = (float*)take(kBlockRows * columns * 4);
-    for (int i = 0; i < 3; ++i) rows[i] = (uint8_t*)take(n * d);
+    for (int i = 0; i < 3; ++i) rows[i] = (uint8_t*)take(n * round_up(d, 4));
   }
   char* take(long bytes) {
     char* at = base ? base + used : nullptr;
@@ -326,18 +326,26 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
   const float* f[3] = {};
   const uint8_t* u[3] = {};
   long ld_u = op.ld;
-  if (op.qkv_q) {
+  const long d4 = round_up(d, 4);  // dims are multiplied by fours: those beyond d are zeros
+  if (op.qkv_q && d4 == d) {
     for (int i = 0; i < 3; ++i) u[i] = op.qkv_q + begin * op.ld + i * hidden + head * d;
   } else {
     const bool wanted[3] = {op.int8_scores, op.int8_scores, op.int8_context};
     const float scale[3] = {op.q_scale, op.k_scale, op.v_scale};
-    ld_u = d;
+    ld_u = d4;
     for (int i = 0; i < 3; ++i) {
-      f[i] = op.qkv_f + begin * op.ld + i * hidden + head * d;
+      const long from = begin * op.ld + i * hidden + head * d;
+      if (op.qkv_f) f[i] = op.qkv_f + from;
       u[i] = m.rows[i];
       if (!wanted[i]) continue;
-      for (long row = 0; row < (i ? n : queries); ++row)
-        quantize_row(f[i] + row * op.ld, d, 1.0f / scale[i], m.rows[i] + row * d);
+      for (long row = 0; row < (i ? n : queries); ++row) {
+        uint8_t* to = m.rows[i] + row * d4;
+        if (op.qkv_q)
+          __builtin_memcpy(to, op.qkv_q + from + row * op.ld, (size_t)d);
+        else
+          quantize_row(f[i] + row * op.ld, d, 1.0f / scale[i], to);
+        for (long c = d; c < d4; ++c) to[c] = 128;
+      }
     }
   }
 
@@ -346,11 +354,11 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
   const long vectors = (n + W - 1) / W, panels = (vectors + kTileVectors - 1) / kTileVectors;
   const long panel = (vectors + panels - 1) / panels;
   Tile score;
-  score.b = m.keys, score.ldb = panel * W, score.k = op.int8_scores ? d / 4 : d;
+  score.b = m.keys, score.ldb = panel * W, score.k = op.int8_scores ? d4 / 4 : d;
   score.scale = &score_scale;
   score.ldc = vectors * W, score.c = m.scores;
   if (op.int8_scores) {
-    pack_keys<true>((const char*)u[1], ld_u, n, d / 4, panel * W, m.keys, m.sums);
+    pack_keys<true>((const char*)u[1], ld_u, n, d4 / 4, panel * W, m.keys, m.sums);
     score.lda = ld_u, score.start = m.sums;
   } else {
     pack_keys<false>((const char*)f[1], op.ld * 4, n, d, panel * W, m.keys, nullptr);
