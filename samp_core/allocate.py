@@ -14,6 +14,9 @@ from samp_kernels.interface import Array
 
 from samp_core.evaluate import drop_upper_bound, expected_bound, expected_floor, tango_interval
 
+LEAST_GAIN = 0.03
+"""Of two plans whose latencies differ by less than this share, only the safer one is tested."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -83,12 +86,17 @@ def expected_changes(reference: Array, logits: Array, gold: Array) -> tuple[floa
     return float(flips[right].sum()), float(flips[gains].sum())
 
 
-def front(candidates: Sequence[Candidate], n: int, alpha: float = 0.05) -> list[Candidate]:
-    """Plans that no other beats in both predicted bound and latency, slowest and safest first."""
+def front(
+    candidates: Sequence[Candidate], n: int, alpha: float = 0.05, gain: float = 0.0
+) -> list[Candidate]:
+    """Plans that no other beats in both predicted bound and latency, slowest and safest first.
+
+    Each is faster than the one before it by more than the share `gain`.
+    """
     ordered = sorted(candidates, key=lambda c: (predicted_bound(c, n, alpha), c.latency_ms))
     kept: list[Candidate] = []
     for candidate in ordered:
-        if not kept or candidate.latency_ms < kept[-1].latency_ms:
+        if not kept or candidate.latency_ms < (1.0 - gain) * kept[-1].latency_ms:
             kept.append(candidate)
     return kept
 
@@ -114,7 +122,7 @@ def drop_sequence(
         if c.latency_ms < reference.latency_ms
         and (ceiling_ms is None or c.latency_ms <= ceiling_ms)
     ]
-    ordered = front(faster, n, alpha)
+    ordered = front(faster, n, alpha, LEAST_GAIN)
     bounds = {c.name: predicted_bound(c, n, alpha) for c in ordered}
     chosen: list[Candidate] = []
     for share in (0.4, 0.7):

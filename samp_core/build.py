@@ -23,6 +23,7 @@ from samp_core.latency import SINGLE
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
+from samp_core.search import Clock, Found, Search, forget_best, loss_note, loss_report, weigh
 from samp_core.text import TextEncoder
 from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, recheck
 from samp_core.workbench import (
@@ -59,8 +60,17 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         metric = metrics.of(bench.task.gold, bench.checkpoint.labels)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
-        plans = plan_modes(config, bench, calibration, search)
-        candidates = measure_modes(config, bench, plans, search, metric)
+        modes = plan_modes(config, bench, calibration, search)
+        if config.strategy == "samp" or len(modes) == 1:
+            found = Found(modes, measure_modes(config, bench, modes, search, metric))
+        else:
+            clock = Clock(begin, config.budget_s)
+            found = Search(config, bench, modes, search, metric, verification.rows.n, clock).run()
+        plans, candidates = found.plans, found.candidates
+        if config.strategy == "lower-loss":
+            losses = loss_report(bench, found, {"search": search, "verification": verification})
+            found.record["loss"] = losses
+            warnings += loss_note(losses)
         correct = Verifier(bench, plans, verification, config.alpha, metric)
         choices = {
             name: choose(name, spec, candidates, correct) for name, spec in config.tiers.items()
@@ -69,8 +79,9 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         choices = {"exact": exact, **choices}
         served = {choice.plan: plans[choice.plan] for choice in choices.values()}
         latencies = bench.latencies(served, search, "measure the chosen plans again")
+        again = {name: weigh(ms, config.mix) for name, ms in latencies.items()}
         choices = {
-            name: recheck(choice, latencies[choice.plan][SINGLE])
+            name: recheck(choice, again[choice.plan], again[FLOAT])
             for name, choice in choices.items()
         }
         measured = {
@@ -80,7 +91,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
         for choice in choices.values():
             warnings += choice.warnings
         tiers = {
-            name: tier_files(config, bench, plans, choice, measured, candidates, splits, metric)
+            name: tier_files(config, bench, found, choice, measured, splits, metric)
             for name, choice in choices.items()
         }
         record = {
@@ -88,6 +99,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
             "candidates": [asdict(c) for c in candidates.values()],
             "splits": split_facts(splits),
             "warnings": warnings,
+            **({"search": found.record} if found.record else {}),
         }
         step = progress("write the model repository", 1)
         folder = write(config, bench, tiers, record)
@@ -97,6 +109,7 @@ def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
             for name, choice in choices.items()
         ]
         bench.close()
+        forget_best(config.folder)
     report = {
         "repository": str(config.folder),
         "tiers": rows,
@@ -224,11 +237,12 @@ def measure_modes(
     """Every plan's metric and latency on the search split."""
     float_logits = bench.logits(plans[FLOAT], search, "search: float")
     metric.check(float_logits, search)
-    latencies = bench.latencies(plans, search, "measure latencies")
+    buckets = tuple(config.mix)
+    latencies = bench.latencies(plans, search, "measure latencies", buckets)
     result = {}
     for name, plan in plans.items():
         logits = bench.logits(plan, search, f"search: {name}")
-        ms = latencies[name][SINGLE]
+        ms = weigh(latencies[name], config.mix)
         result[name] = metric.candidate(name, ms, float_logits, logits, search)
     return result
 
@@ -236,27 +250,28 @@ def measure_modes(
 def tier_files(
     config: BuildConfig,
     bench: Workbench,
-    plans: Mapping[str, Plan],
+    found: Found,
     choice: Choice,
     measured: Mapping[str, Measured],
-    candidates: Mapping[str, Candidate],
     splits: Splits,
     metric: metrics.Metric,
 ) -> TierFiles:
     """The plan with its provenance, and the portable weights under it.
 
-    `modelled` is the latency that the choice was made with, `measured` the one after it. No budget
-    stops this strategy: it tries every mode.
+    `modelled` is what the search foretold, or for SAMP's modes the latency that the choice was made
+    with; `measured` is the one after it.
     """
     facts = measured[choice.tier]
     tests = [
         {"plan": name, **asdict(test), "passed": bool(test.passed)} for name, test in choice.tests
     ]
-    plan = plans[choice.plan].with_provenance(
+    candidate = found.candidates[choice.plan]
+    modelled = found.modelled.get(choice.plan, {"latency_ms": {SINGLE: candidate.latency_ms}})
+    plan = found.plans[choice.plan].with_provenance(
         search={
-            "strategy": "samp",
+            "strategy": config.strategy,
             "seed": config.seed,
-            "budget_s": None,
+            "budget_s": None if config.strategy == "samp" else config.budget_s,
             "wish": choice.spec.model_dump(),
             "splits": split_facts(splits),
         },
@@ -270,7 +285,7 @@ def tier_files(
             "alpha": config.alpha,
             "tests": tests,
         },
-        modelled={"latency_ms": {SINGLE: candidates[choice.plan].latency_ms}},
+        modelled=modelled,
     )
     weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
     return TierFiles(plan, weights, choice.spec.drop)

@@ -46,10 +46,13 @@ def chain(layers: int, sites: Sequence[str], recipe: Recipe) -> tuple[Node, ...]
             full = tuple(f"layer.{layer}.{kind}" for kind in kinds)
             options: list[Mapping[str, SitePlan]] = [dict.fromkeys(full, FLOAT)]
             if any(kind in sites for kind in kinds):
-                int8 = SitePlan("int8", recipe)
+                # Attention multiplies activations: no channel is apart.
+                plain = replace(recipe, outliers=0)
                 options.append(
                     {
-                        site: int8 if kind in sites else FLOAT
+                        site: SitePlan("int8", recipe if name == kind else plain)
+                        if kind in sites
+                        else FLOAT
                         for site, kind in zip(full, kinds, strict=True)
                     }
                 )

@@ -52,12 +52,18 @@ def build(
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
     calibrator: Annotated[str | None, typer.Option(help="auto, minmax or percentile.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens a text may have.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="milp (default), samp, greedy or lower-loss.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Most time for a build: 90s, 10m (default), 1h.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure, choose and verify plans; write the model repository."""
     from samp_core import show
     from samp_core.build import build as run
-    from samp_core.config import load_config, parse_tier
+    from samp_core.config import load_config, parse_budget, parse_tier
 
     tiers = None
     if tier:
@@ -82,10 +88,16 @@ def build(
             "threads": threads,
             "calibrator": calibrator,
             "max_length": max_length,
+            "strategy": strategy,
+            "budget_s": None if budget is None else parse_budget(budget),
         },
     )
-    with show.progress() as progress:
-        report = run(settings, progress).report
+    try:
+        with show.progress() as progress:
+            report = run(settings, progress).report
+    except KeyboardInterrupt:
+        show.kept_plans(settings.folder)
+        raise
     _print_json(report) if as_json else show.build_table(report)
     if not all(row["met"] for row in report["tiers"]):
         raise typer.Exit(1)

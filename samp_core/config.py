@@ -14,6 +14,8 @@ from samp_core.errors import UsageError
 from samp_core.tasks import TaskName
 
 NAME = re.compile(r"[a-z0-9-]+")
+BUCKETS = ("1", "8", "32")
+"""Texts in a batch for which latencies are measured; `mix` weighs them."""
 
 
 class _Strict(BaseModel):
@@ -82,6 +84,11 @@ class BuildConfig(_Strict):
     stride: Annotated[int, Field(ge=0)] | None = None
     windows: Annotated[int, Field(ge=1, le=256)] = 16
     rows: RowCounts = RowCounts()
+    strategy: Literal["milp", "samp", "greedy", "lower-loss"] = "milp"
+    budget_s: Annotated[float, Field(gt=0)] = 600.0
+    mix: Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=lambda: {"1": 1.0}
+    )
     seed: int = 0
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
 
@@ -105,6 +112,10 @@ class BuildConfig(_Strict):
                 raise ValueError(f"name {name!r}: only a-z, 0-9 and - are allowed")
         if "exact" in self.tiers:
             raise ValueError("tier 'exact' is always made; leave it out of tiers")
+        if not self.mix or not set(self.mix) <= set(BUCKETS):
+            raise ValueError(
+                f"mix {dict(self.mix)}: weights of one or more of {', '.join(BUCKETS)}"
+            )
         if self.default_tier and self.default_tier not in ("exact", *self.tiers):
             known = ", ".join(("exact", *self.tiers))
             raise ValueError(f"default_tier {self.default_tier!r} is none of {known}")
@@ -165,6 +176,19 @@ def _part(place: tuple[int | str, ...]) -> type[_Strict]:
     if len(place) > 2 and place[0] == "tiers":
         return TierSpec
     return parts.get(place[0], BuildConfig) if len(place) > 1 else BuildConfig
+
+
+def parse_budget(text: str) -> float:
+    """Seconds of `90s`, `10m`, `1.5h` or a plain number of seconds."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        seconds = float(number) * unit
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise UsageError("bad_budget", f"--budget {text}", "90s, 10m or 1h", "write it like this")
+    return seconds
 
 
 def parse_tier(text: str) -> tuple[str, TierSpec]:

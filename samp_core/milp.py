@@ -7,8 +7,12 @@ add up to at most the budget. HiGHS, through scipy.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,16 +71,17 @@ def solve(edges: Edges, losses: Losses, budget: float) -> Solution:
     # Losses in units of the budget: the solver's tolerance is absolute.
     over = weight > max(budget, 0.0)
     share = np.divide(weight, budget, out=np.zeros_like(weight), where=~over & (weight > 0.0))
-    found = milp(
-        cost / max(float(np.abs(cost).max()), 1e-300),
-        constraints=[
-            LinearConstraint(flow, wanted, wanted),
-            LinearConstraint(share[None], -np.inf, 1.0),
-        ],
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0.0, np.where(over, 0.0, 1.0)),
-        options={"mip_rel_gap": 0.0},
-    )
+    with _without_prints():
+        found = milp(
+            cost / max(float(np.abs(cost).max()), 1e-300),
+            constraints=[
+                LinearConstraint(flow, wanted, wanted),
+                LinearConstraint(share[None], -np.inf, 1.0),
+            ],
+            integrality=np.ones(len(cost)),
+            bounds=Bounds(0.0, np.where(over, 0.0, 1.0)),
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         least = sum(min(options) for options in losses)
         raise SampError(
@@ -118,3 +123,21 @@ def staircase(edges: Edges, losses: Losses, steps: int = 40) -> list[Solution]:
         if not kept or found.cost < kept[-1].cost - 1e-12:
             kept.append(found)
     return kept
+
+
+@contextlib.contextmanager
+def _without_prints() -> Iterator[None]:
+    """HiGHS writes a line of its own to stdout now and then, which is for results alone."""
+    flush = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    flush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -19,7 +19,7 @@ from samp_core.encoder import LayerInput
 from samp_core.heads import softmax_divergence
 from samp_core.pipeline import batches
 from samp_core.plan import Plan, Recipe
-from samp_core.quantize import quantize_weight
+from samp_core.quantize import quantize_weight, without
 from samp_core.workbench import Split, Workbench
 
 if TYPE_CHECKING:
@@ -262,8 +262,13 @@ class _Cheap:
         else:
             scale_x = scales[f"{site}.input_scale"]
         x = round8(tap.x, scale_x)
-        q, scale_w = quantize_weight(self._bench.checkpoint.tensors[f"{site}.weight"], recipe)
+        apart = list(self._base.outliers.get(site, ())[: recipe.outliers])
+        q, scale_w = quantize_weight(
+            without(self._bench.checkpoint.tensors[f"{site}.weight"], apart), recipe
+        )
         stored = self._torch.from_numpy(q.astype(np.float32) * scale_w[:, None])
+        if apart:
+            x[:, apart], stored[:, apart] = tap.x[:, apart], weight[:, apart]
         from_input = (x - tap.x) @ weight.T
         return from_input + x @ (stored - weight).T, from_input
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def progress(enabled: bool = True) -> Iterator[Progress]:
     if not err.is_terminal:
 
         def line(title: str, steps: int) -> Callable[[], None]:
-            err.print(f"  {title} ({steps} steps)")
+            err.print(f"  {title} ({steps} steps)", soft_wrap=True)
             return lambda: None
 
         yield line
@@ -58,6 +59,14 @@ def promise(wish: Mapping[str, float], met: bool) -> str:
     parts = [f"≤ {wish['drop']:g} pt"] if "drop" in wish else []
     parts += [f"≤ {wish['latency']:g} ms"] if "latency" in wish else []
     return (", ".join(parts) or "-") + ("" if met else " NOT MET")
+
+
+def kept_plans(out: Path) -> None:
+    """Where a stopped build left its best plans so far, if it had come to any."""
+    plans = sorted((out / "best").glob("*.json"))
+    if plans:
+        named = " ".join(f"--plan {path}" for path in plans)
+        err.print(f"best so far, not verified: samp generate {named} --model ...", soft_wrap=True)
 
 
 def build_table(report: Mapping[str, Any]) -> None:

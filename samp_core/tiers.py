@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,7 +94,8 @@ def choose(
 ) -> Choice:
     """The plan of one tier, by its wish; verified where it promises a drop."""
     reference = candidates[FLOAT]
-    everything = list(candidates.values())
+    faster = [c for c in candidates.values() if c.latency_ms < reference.latency_ms]
+    everything = [reference, *faster]
     if spec.drop is not None:
         return _by_drop(tier, spec, reference, everything, verifier)
     if spec.latency is not None:
@@ -114,9 +116,19 @@ def choose(
     return Choice(tier, spec, best.name, (), True)
 
 
-def recheck(choice: Choice, latency_ms: float) -> Choice:
-    """The choice after its plan was measured again: above its ceiling it is not met."""
+def recheck(choice: Choice, latency_ms: float, float_ms: float = math.inf) -> Choice:
+    """The choice after its plan was measured again: above its ceiling it is not met.
+
+    A plan that is no faster than float gives way to float's.
+    """
     ceiling = choice.spec.latency
+    if choice.plan != FLOAT and latency_ms >= float_ms:
+        note = (
+            f"tier {choice.tier}: same plan as exact; {choice.plan} takes {latency_ms:.2f} ms when "
+            f"measured again, exact {float_ms:.2f} ms"
+        )
+        choice = replace(choice, plan=FLOAT, warnings=(*choice.warnings, note))
+        latency_ms = float_ms
     if ceiling is None or not choice.met or latency_ms <= ceiling:
         return choice
     note = (

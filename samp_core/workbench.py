@@ -152,12 +152,20 @@ class Workbench:
         return self.cache.arrays("logits", self.key(plan, split), make)["logits"]
 
     def latencies(
-        self, plans: Mapping[str, Plan], split: Split, title: str
+        self,
+        plans: Mapping[str, Plan],
+        split: Split,
+        title: str,
+        buckets: Sequence[str] | None = None,
     ) -> dict[str, dict[str, float]]:
-        """name -> bucket -> median ms of encoder and head, all plans interleaved."""
+        """name -> bucket -> median ms of encoder and head, all plans interleaved.
+
+        Of all buckets, or of those named.
+        """
 
         def make() -> dict[str, dict[str, float]]:
             shapes = latency.buckets(self.pieces(split), self.checkpoint.config.position_offset)
+            shapes = [shape for shape in shapes if buckets is None or shape.name in buckets]
             step = self.progress(title, sum(bucket.rounds for bucket in shapes))
             calls = {name: self._call(self.session(plan)) for name, plan in plans.items()}
             result: dict[str, dict[str, float]] = {name: {} for name in plans}
@@ -170,6 +178,7 @@ class Workbench:
             "plans": {name: plan.key() for name, plan in plans.items()},
             "device": device(self.threads),
             "title": title,
+            "buckets": buckets and sorted(buckets),
         }
         made: dict[str, dict[str, float]] = self.cache.json(
             "latency", {**key, **self.key(self.base_plan(), split)}, make

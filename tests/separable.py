@@ -52,6 +52,7 @@ class Small:
             "data": {"data": str(self.data), "exclude": str(self.trained)},
             "rows": {"calibration": 64, "search": 400},
             "calibrator": "minmax",
+            "strategy": "samp",
             "threads": 1,
         }
         path.write_text(json.dumps({**body, **fields}))

@@ -171,6 +171,15 @@ def test_the_sequence(
         assert drop_sequence(shuffled, FLOAT, promise, N, ceiling_ms=ceiling) == sequence
 
 
+def test_of_plans_of_nearly_the_same_latency_the_safer_is_tested() -> None:
+    plans = [candidate(f"p{i}", ms, i) for i, ms in enumerate((9.0, 8.8, 8.7, 8.0, 7.99))]
+    assert [c.name for c in front(plans, N)] == ["p0", "p1", "p2", "p3", "p4"]
+    assert [c.name for c in front(plans, N, gain=0.03)] == ["p0", "p2", "p3"]
+    sequence = drop_sequence(plans, FLOAT, bound(plans[1]), N)
+    assert "p4" not in [c.name for c in sequence]
+    assert sequence[-1].name == "p3"
+
+
 def ladder() -> list[Candidate]:
     """full(1) .. full(8): each faster, each with three more broken texts and one more mended."""
     return [FLOAT, *(candidate(f"full({k})", 10.0 - k, 3 * k, k) for k in range(1, 9))]

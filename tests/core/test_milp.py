@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -106,3 +108,12 @@ def test_as_large_as_a_bert_of_24_layers() -> None:
 def test_no_path_fits() -> None:
     with pytest.raises(SampError, match=r"no_plan: a loss of at most 0\.1; allowed: 0\.3 or more"):
         milp.solve([[[1.0]], [[1.0]]], [[0.3]], 0.1)
+
+
+def test_nothing_is_written_to_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    """Results are printed there, and HiGHS would print too; what comes after it still arrives."""
+    with milp._without_prints():
+        ctypes.CDLL(None).puts(b"a line of the solver's own")
+        os.write(1, b"another")
+    print("a result", flush=True)
+    assert capfd.readouterr().out == "a result\n"

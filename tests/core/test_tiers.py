@@ -203,6 +203,22 @@ def test_measured_again_above_the_ceiling_is_not_met() -> None:
     assert recheck(without, 1e9) is without
 
 
+def test_no_faster_than_float_when_measured_again() -> None:
+    lost = {"full(1)": 0, "full(2)": 4, "full(3)": 9, "full(4)": 99}
+    choice, _ = serve(TierSpec(drop=1.0), lost)
+    assert choice.plan == "full(3)"
+    assert recheck(choice, 5.0, 5.1) is choice
+    slower = recheck(choice, 5.1, 5.1)
+    assert (slower.plan, slower.met, slower.tests) == (FLOAT, True, choice.tests)
+    assert slower.warnings[-1] == (
+        f"tier mine: same plan as exact; {choice.plan} takes 5.10 ms when measured again, "
+        "exact 5.10 ms"
+    )
+    under, _ = serve(TierSpec(latency=7.0), {})
+    assert recheck(under, 9.0, 8.0).met is False
+    assert recheck(under, 9.0, 6.5).met is True
+
+
 def test_what_is_shown_of_a_tier() -> None:
     checked = verifier(Logits({FLOAT: 0, "full(1)": 6}))
     facts = checked.measured("full(1)", {"1": 3.0})
