@@ -107,10 +107,9 @@ def compare(
     """
     if limit is not None and limit < 1:
         raise SampError("ab_limit", f"limit {limit}", "1 or more", "raise it or leave it out")
-    rows, labelled = _read(Path(data), TASKS["classification"])
-    task = _task(client.describe(candidate))
-    if task.pair:
-        rows, labelled = _read(Path(data), task)
+    if not Path(data).is_file():
+        read_rows(data)  # says what is wrong, without a server
+    rows, labelled = _read(Path(data), _task(client.describe(candidate)))
     texts = rows.texts[:limit]
     gold = rows.labels[:limit] if labelled else None
     classes = client.labels()

@@ -131,7 +131,7 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **extra})
     text = TextEncoder.load(config.model, config.max_length)
     if head.encoder_output == "tokens":
-        text = text.with_windows(config.stride, config.windows)
+        text = text.with_windows(config.stride, config.windows, config.words == "spaces")
     return Workbench(
         checkpoint=checkpoint,
         text=text,

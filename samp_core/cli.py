@@ -51,7 +51,11 @@ def build(
     backend: Annotated[str | None, typer.Option(help="auto, cpu, onednn or reference.")] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
     calibrator: Annotated[str | None, typer.Option(help="auto, minmax or percentile.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a text may have.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a text, or a window of it, may have.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(help="Entities: tokens two windows share.")] = None,
+    words: Annotated[str | None, typer.Option(help="Entities: tokenizer or spaces.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help="milp (default), samp, greedy or lower-loss.")
     ] = None,
@@ -88,6 +92,8 @@ def build(
             "threads": threads,
             "calibrator": calibrator,
             "max_length": max_length,
+            "stride": stride,
+            "words": words,
             "strategy": strategy,
             "budget_s": None if budget is None else parse_budget(budget),
         },

@@ -83,6 +83,7 @@ class BuildConfig(_Strict):
     max_length: Annotated[int, Field(ge=4)] | None = None
     stride: Annotated[int, Field(ge=0)] | None = None
     windows: Annotated[int, Field(ge=1, le=256)] = 16
+    words: Literal["tokenizer", "spaces"] = "tokenizer"
     rows: RowCounts = RowCounts()
     strategy: Literal["milp", "samp", "greedy", "lower-loss"] = "milp"
     budget_s: Annotated[float, Field(gt=0)] = 600.0

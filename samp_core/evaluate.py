@@ -400,11 +400,13 @@ def examples_for_bound(
 def _resampled(texts: FloatArray, resamples: int, seed: int) -> FloatArray:
     """Sums over n texts drawn with replacement, [resamples, k] of [n, k]."""
     n = len(texts)
+    # Texts that add the same are drawn together: of counts there are few different ones.
+    kinds, counts = np.unique(texts, axis=0, return_counts=True)
     rng = np.random.default_rng(seed)
     sums = np.empty((resamples, texts.shape[1]))
     for start in range(0, resamples, 100):
         part = sums[start : start + 100]
-        part[:] = rng.multinomial(n, np.full(n, 1 / n), size=len(part)) @ texts
+        part[:] = rng.multinomial(n, counts / n, size=len(part)) @ kinds
     return sums
 
 

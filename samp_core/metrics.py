@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from samp_kernels.interface import F32, Array
 
-from samp_core import evaluate
+from samp_core import bio, evaluate
 from samp_core.allocate import Candidate, expected_changes
 from samp_core.errors import SampError
 from samp_core.evaluate import Counts, DropTest, Interval
@@ -32,8 +32,8 @@ class Measurable(Protocol):
 class Metric(Protocol):
     """`measure` gives [n, ...], a row for each text; the others take what it gave."""
 
-    name: str
-
+    @property
+    def name(self) -> str: ...
     def measure(self, logits: F32, split: Measurable) -> Array: ...
     def value(self, texts: Array) -> float: ...
     def ci95(self, texts: Array) -> Interval: ...
@@ -181,4 +181,36 @@ class Bootstrapped:
 
 def of(gold: str, labels: tuple[str, ...] = ()) -> Metric:
     """The metric of a kind of gold."""
+    if gold == "entities":
+        return Bootstrapped(
+            "entity F1",
+            lambda logits, split: entity_counts(logits, split, labels),
+            evaluate.f1,
+            _worst_count,
+            lambda texts, control: texts[:, 1] + texts[:, 2],
+        )
     return Accuracy()
+
+
+def entity_counts(logits: F32, split: Measurable, labels: tuple[str, ...]) -> Array:
+    """Right, invented and missed entities of each text, [n, 3]; an entity is right if its span
+    and label are. logits: [words, C], the words of all texts in a row.
+    """
+    best = logits.argmax(axis=1)
+    counts = np.zeros((len(split.encodings), 3))
+    begin = 0
+    for row, encoding, gold in zip(counts, split.encodings, split.gold, strict=True):
+        starts, ends = bio.word_spans(encoding.offsets, encoding.words)
+        tags = [labels[index] for index in best[begin : begin + len(starts)]]
+        found = {(int(starts[a]), int(ends[b]), name) for a, b, name in bio.groups(tags)}
+        hits = len(found & gold)
+        row[:] = hits, len(found) - hits, len(gold) - hits
+        begin += len(starts)
+    return counts
+
+
+def _worst_count(control: Array) -> tuple[Array, Array]:
+    """A text of the usual number of gold items that float has right and the plan all wrong."""
+    gold = control[:, 0] + control[:, 2]
+    usual = math.ceil(gold[gold > 0].mean()) if (gold > 0).any() else 1
+    return np.array([usual, 0, 0]), np.array([0, usual, usual])

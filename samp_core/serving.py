@@ -17,6 +17,7 @@ import numpy as np
 from samp_kernels.interface import F32, Array, EncoderConfig, OutputKind, Session, pack_batch
 
 from samp_core.manifest import check_folder
+from samp_core.windows import Windows
 
 if TYPE_CHECKING:
     from samp_core.heads import Head
@@ -93,12 +94,17 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Encoder:
-    """IDS, TYPES int32 [b, w], LENGTHS int32 [b, 1] -> FEATURE fp32 [b, hidden]."""
+    """IDS, TYPES int32 [b, w], LENGTHS int32 [b, 1] -> FEATURE fp32 [b, hidden].
+
+    With output "tokens" TOKEN_LOGITS fp32 [b, w, C], 0 behind a row's end; rows longer than a
+    window are run as windows.
+    """
 
     session: Session
     config: EncoderConfig
     output: OutputKind
     log: Callable[[str], None] | None = None
+    windows: Windows | None = None
 
     @classmethod
     def load(
@@ -115,7 +121,9 @@ class Encoder:
         threads = int(os.environ.get("SAMP_THREADS") or parameters["threads"])
         output: Any = parameters["output"]
         session = load_session(folder, threads=threads)
-        model = cls(session, config, output, log if os.environ.get("SAMP_LOG_BATCHES") else None)
+        log = log if os.environ.get("SAMP_LOG_BATCHES") else None
+        windows = Windows(**json.loads(parameters["windows"])) if "windows" in parameters else None
+        model = cls(session, config, output, log, windows)
         for rows, tokens in WARM_UP:
             ids = np.zeros((rows, min(tokens, model.longest)), dtype=np.int32)
             lengths = np.full((rows, 1), ids.shape[1], dtype=np.int32)
@@ -125,6 +133,8 @@ class Encoder:
     @property
     def longest(self) -> int:
         """The most tokens of one row."""
+        if self.windows is not None:
+            return self.windows.tokens
         return self.config.positions - self.config.position_offset
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
@@ -137,18 +147,24 @@ class Encoder:
         ]
         features = iter(self._encode(good) if good else [])
         return [
-            error if isinstance(error, RequestError) else {"FEATURE": next(features)}
+            error if isinstance(error, RequestError) else {self._name: next(features)}
             for error in checked
         ]
 
+    @property
+    def _name(self) -> str:
+        return "TOKEN_LOGITS" if self.output == "tokens" else "FEATURE"
+
     def _encode(self, requests: Sequence[Inputs]) -> list[F32]:
-        """FEATURE of each request; padding is dropped here."""
+        """The output of each request; padding is dropped here."""
         ids: list[Array] = []
         types: list[Array] = []
         for request_ids, request_types, lengths in requests:
             for row, length in enumerate(lengths[:, 0]):
                 ids.append(request_ids[row, :length])
                 types.append(request_types[row, :length])
+        if self.output == "tokens":
+            return self._token_logits(requests, ids, types)
         batch = pack_batch(ids, types, position_offset=self.config.position_offset)
         features = self.session.run(batch, output=self.output)
         if self.log is not None:
@@ -158,6 +174,24 @@ class Encoder:
                 f"{batch.tokens} tokens, lengths {lengths_text}"
             )
         return split_rows(features, [len(lengths) for *_, lengths in requests])
+
+    def _token_logits(
+        self, requests: Sequence[Inputs], ids: Sequence[Array], types: Sequence[Array]
+    ) -> list[F32]:
+        """[b, w, C] of each request."""
+        from samp_core.pipeline import run_tokens
+        from samp_core.text import Encoding
+
+        rows = [Encoding(i, t, False, None) for i, t in zip(ids, types, strict=True)]
+        queue = iter(run_tokens(self.session, rows, self.windows))
+        results = []
+        for request_ids, _, lengths in requests:
+            mine = [next(queue) for _ in lengths]
+            whole = np.zeros((*request_ids.shape, mine[0].shape[1]), dtype=np.float32)
+            for row, part in zip(whole, mine, strict=True):
+                row[: len(part)] = part
+            results.append(whole)
+        return results
 
     def _check(self, ids: Array, types: Array, lengths: Array) -> None:
         """Raise RequestError unless every row can be run: clients may call the encoder directly."""
@@ -187,25 +221,33 @@ class Encoder:
 
 @dataclass(frozen=True)
 class TaskHead:
-    """FEATURE fp32 [b, hidden] -> the head's outputs, [b, ...] each."""
+    """FEATURE fp32 [b, hidden] -> the head's outputs, [b, ...] each.
+
+    A token head reads TOKEN_LOGITS, LENGTHS, OFFSETS and WORD_IDS, and a request's rows are filled
+    up to its longest answer.
+    """
 
     head: Head
     weights: Mapping[str, F32]
     labels: tuple[str, ...]
+    inputs: tuple[str, ...] = ("FEATURE",)
 
     @classmethod
-    def load(cls, folder: Path, parameters: Mapping[str, str]) -> TaskHead:
+    def load(cls, folder: Path, args: Mapping[str, str]) -> TaskHead:
         from safetensors.numpy import load_file
 
         from samp_core import heads
 
         check_folder(folder)
         weights = load_file(folder / "weights.safetensors")
-        labels = tuple(json.loads(parameters["labels"]))
-        return cls(heads.load_file(folder / "head.py"), weights, labels)
+        labels = tuple(json.loads(parameters(args)["labels"]))
+        head = heads.load_file(folder / "head.py")
+        return cls(head, weights, labels, tensor_names(args, "input"))
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """The rows of all requests in one call of the head."""
+        if self.head.rows is not None:
+            return [_attempt(self._answer, *inputs) for inputs in requests]
         features = [feature for (feature,) in requests]
         outputs = self.head.run(self.weights, np.concatenate(features), self.labels)
         counts = [len(feature) for feature in features]
@@ -215,6 +257,23 @@ class TaskHead:
                 assert isinstance(result, dict)
                 result[name] = part
         return results
+
+    def _answer(self, logits: Array, lengths: Array, offsets: Array, words: Array) -> Outputs:
+        """One request of a token head. Clients can call it directly, so that shapes are checked."""
+        from samp_core.heads import TokenRow, padded
+
+        assert self.head.rows is not None
+        shape = logits.shape[:2]
+        if offsets.shape[:2] != shape or words.shape != shape or len(lengths) != shape[0]:
+            given = f"OFFSETS {list(offsets.shape)}, WORD_IDS {list(words.shape)}"
+            raise RequestError(given, f"the rows and tokens of TOKEN_LOGITS, {list(shape)}")
+        if not ((lengths >= 1) & (lengths <= shape[1])).all():
+            raise RequestError(f"LENGTHS {lengths[:, 0].tolist()[:8]}", f"1 to {shape[1]}")
+        rows = [
+            TokenRow(logits[i, :n], offsets[i, :n], words[i, :n])
+            for i, n in enumerate(lengths[:, 0].tolist())
+        ]
+        return padded(self.head, self.head.rows(rows, self.labels))
 
 
 def split_rows(rows: Array, counts: Sequence[int]) -> list[Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class TextEncoder:
 
     A pair's longer text loses tokens first, as with transformers' longest_first. With `windows`
     a text keeps the tokens of all its windows, and only what lies beyond them is truncated.
+    spaces: a word is what stands between white space, not what the tokenizer splits first.
     """
 
     def __init__(
@@ -70,12 +71,14 @@ class TextEncoder:
         max_length: int,
         side: str = "right",
         windows: Windows | None = None,
+        spaces: bool = False,
     ) -> None:
         tokenizer.no_padding()
         self.longest = max_length if windows is None else windows.tokens
         tokenizer.enable_truncation(self.longest, direction=side)
         self.max_length = max_length
         self.windows = windows
+        self.spaces = spaces
         self._side = side
         self._tokenizer = tokenizer
         self._boundary = _safe_boundary(json.loads(tokenizer.to_str()))
@@ -105,16 +108,13 @@ class TextEncoder:
             )
         side = _read_json(folder / _SERVED).get("truncation_side")
         side = str(side or config.get("truncation_side", "right"))
-        served = _read_json(folder / _SERVED).get("windows")
-        return cls(
-            tokenizer,
-            _length(folder, config, max_length),
-            side,
-            None if served is None else Windows(**served),
-        )
+        served = _read_json(folder / _SERVED)
+        windows = Windows(**served["windows"]) if "windows" in served else None
+        spaces = bool(served.get("spaces", False))
+        return cls(tokenizer, _length(folder, config, max_length), side, windows, spaces)
 
-    def with_windows(self, stride: int | None, most: int) -> TextEncoder:
-        """The same tokenizer for texts longer than max_length; None: a quarter is shared."""
+    def with_windows(self, stride: int | None, most: int, spaces: bool = False) -> TextEncoder:
+        """The same tokenizer for texts longer than max_length; stride None: a quarter."""
         if self._tokenizer.num_special_tokens_to_add(False) != 2:
             raise SampError(
                 "windows", "a tokenizer without one special token at each end", "[CLS] text [SEP]",
@@ -122,7 +122,7 @@ class TextEncoder:
             )  # fmt: skip
         shared = (self.max_length - 2) // 4 if stride is None else stride
         windows = Windows(self.max_length, shared, most)
-        return TextEncoder(self._tokenizer, self.max_length, self._side, windows)
+        return TextEncoder(self._tokenizer, self.max_length, self._side, windows, spaces)
 
     def encode(self, texts: Sequence[Text], *, offsets: bool = True) -> list[Encoding]:
         """Token ids of every text; without offsets and words it takes about half the time."""
@@ -140,7 +140,10 @@ class TextEncoder:
             short, self._encode_all([texts[i] for i in short], offsets), strict=True
         ):
             whole[index] = encoded
-        return [_encoding(encoded, offsets) for encoded in whole]
+        encodings = [_encoding(encoded, offsets) for encoded in whole]
+        if offsets and self.spaces:
+            return [_between_spaces(e, str(t)) for e, t in zip(encodings, texts, strict=True)]
+        return encodings
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write into a folder all that `load` needs there; the paths written."""
@@ -150,6 +153,8 @@ class TextEncoder:
         limits: dict[str, Any] = {"max_length": self.max_length, "truncation_side": self._side}
         if self.windows is not None:
             limits["windows"] = asdict(self.windows)
+        if self.spaces:
+            limits["spaces"] = True
         served.write_text(json.dumps(limits) + "\n", encoding="utf-8")
         return [tokenizer, served]
 
@@ -190,6 +195,15 @@ def _encoding(encoded: Any, offsets: bool) -> Encoding:
         spans,
         words,
     )
+
+
+def _between_spaces(encoding: Encoding, text: str) -> Encoding:
+    """The same tokens with the words that white space separates."""
+    assert encoding.offsets is not None
+    starts = np.array([match.start() for match in re.finditer(r"\S+", text)], dtype=np.int32)
+    places = encoding.offsets[:, 0]
+    words = np.searchsorted(starts, places, side="right").astype(np.int32) - 1
+    return replace(encoding, words=np.where(places < 0, np.int32(-1), words))
 
 
 def _safe_boundary(spec: dict[str, Any]) -> re.Pattern[str] | None:

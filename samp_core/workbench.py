@@ -212,6 +212,7 @@ class Workbench:
             "split": split.rows.sha256,
             "max_length": self.text.max_length,
             "windows": None if self.text.windows is None else asdict(self.text.windows),
+            "spaces": self.text.spaces,
             "code": self.code,
             "versions": versions(),
         }

@@ -32,6 +32,7 @@ SCRIPTS = (
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = "".join(SCRIPTS)
 VOCABULARY = (*SPECIALS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS))
+torch.set_num_threads(1)  # these models are too small for two
 TAGS = ("O", "B-person", "I-person", "B-place", "I-place")
 LABELS = {
     "pairs": ("neutral", "entailment", "contradiction"),
@@ -91,8 +92,6 @@ def make(task: str, folder: Path, rows: int = 500, seed: int = 0) -> SmallTask:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
-        if task == "entities":
-            model.classifier.bias[0] += 1.0  # some words are no entity
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
@@ -126,14 +125,19 @@ def logits(model: Any, tokenizer: Any, *texts: str, **options: Any) -> Any:
         return model(**ids).logits[0].numpy()
 
 
+def _centre(model: Any, scores: Any) -> None:
+    """Shift the classifier so that every class has the same median score: none wins always."""
+    with torch.no_grad():
+        model.classifier.bias -= torch.tensor(np.median(scores, axis=0))
+
+
 def _pair_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
     first, second = sentences(rows, rng), sentences(rows, rng)
     # Some are longer than the model's 48 tokens.
     pairs = [(a, b * rng.choice([1, 1, 1, 3])) for a, b in zip(first, second, strict=True)]
     scores = np.array([logits(model, tokenizer, *pair) for pair in pairs])
     centred = scores - np.median(scores, axis=0)
-    with torch.no_grad():
-        model.classifier.bias -= torch.tensor(np.median(scores, axis=0))
+    _centre(model, scores)
     names = LABELS["pairs"]
     return [
         {"text": a, "text_pair": b, "label": names[(int(s.argmax()) + (rng.random() < 0.05)) % 3]}
@@ -141,10 +145,73 @@ def _pair_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> lis
     ]
 
 
+def find_entities(
+    made: SmallTask | tuple[Any, Any], text: str, length: int = 48, stride: int | None = None
+) -> list[tuple[int, int, str, float]]:
+    """(start, end, label, score) of each entity, from transformers' tokenizer and model alone.
+
+    Every token's logits come from the window of the tokenizer's overflow in which the fewer of
+    its neighbours to the left and to the right are most.
+    """
+    model, tokenizer = (made.model, made.tokenizer) if isinstance(made, SmallTask) else made
+    stride = (length - 2) // 4 if stride is None else stride
+    windows = tokenizer(
+        text, truncation=True, max_length=length, stride=stride, return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+    )  # fmt: skip
+    tokens: dict[int, tuple[int, Any, int, tuple[int, int]]] = {}
+    for w, ids in enumerate(windows["input_ids"]):
+        with torch.inference_mode():
+            types = torch.tensor([windows["token_type_ids"][w]])
+            scores = model(torch.tensor([ids]), token_type_ids=types).logits[0].softmax(-1)
+        for t in range(1, len(ids) - 1):
+            place = w * (length - 2 - stride) + t
+            context = min(t - 1, len(ids) - 2 - t)
+            if place not in tokens or context > tokens[place][0]:
+                word = windows.word_ids(w)[t]
+                offsets = windows["offset_mapping"][w][t]
+                tokens[place] = (context, scores[t].double(), word, offsets)
+    spans: list[tuple[int, int, str, list[float]]] = []
+    word_before, tag_before = -1, "O"
+    for place in sorted(tokens):
+        _, scores, word, (start, end) = tokens[place]
+        if word is None:  # the text spells out a special token
+            continue
+        if word == word_before:
+            if tag_before != "O":
+                spans[-1] = (spans[-1][0], end, *spans[-1][2:])
+            continue
+        tag = model.config.id2label[int(scores.argmax())]
+        if tag != "O":
+            if tag[0] == "I" and tag_before[2:] == tag[2:]:
+                spans[-1] = (spans[-1][0], end, tag[2:], [*spans[-1][3], float(scores.max())])
+            else:
+                spans.append((start, end, tag[2:], [float(scores.max())]))
+        word_before, tag_before = word, tag
+    return [(start, end, label, float(np.mean(values))) for start, end, label, values in spans]
+
+
+def _entity_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
+    made = []
+    texts = sentences(rows, rng)
+    _centre(model, np.concatenate([logits(model, tokenizer, text)[1:-1] for text in texts[:60]]))
+    for text in texts:
+        text *= rng.choice([1, 1, 1, 1, 5])  # some are longer than the model's 48 tokens
+        found = [
+            {"start": start, "end": end, "label": label}
+            for start, end, label, _ in find_entities((model, tokenizer), text)
+            if rng.random() > 0.05
+        ]
+        made.append({"text": text, "entities": found})
+    return made
+
+
 _MODELS: Mapping[str, Callable[[Any], Any]] = {
+    "entities": transformers.BertForTokenClassification,
     "pairs": transformers.BertForSequenceClassification,
 }
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {}
 _ROWS: Mapping[str, Callable[[Any, Any, random.Random, int], list[dict[str, Any]]]] = {
+    "entities": _entity_rows,
     "pairs": _pair_rows,
 }

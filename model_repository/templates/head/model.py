@@ -12,9 +12,7 @@ from samp_core import serving
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self._head = serving.TaskHead.load(
-            Path(__file__).resolve().parent, serving.parameters(args)
-        )
+        self._head = serving.TaskHead.load(Path(__file__).resolve().parent, args)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return serving.execute(pb_utils, requests, ("FEATURE",), self._head.run)
+        return serving.execute(pb_utils, requests, self._head.inputs, self._head.run)
