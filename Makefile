@@ -70,11 +70,12 @@ native: $(VENV)/.ok ## compile the native CPU kernels again (after installing a 
 	@touch $(VENV)/.native
 
 sanitize: $(VENV)/.ok ## the native CPU kernels under AddressSanitizer and UBSan: their tests
-	@SAMP_NATIVE=require SAMP_SANITIZE=1 $(NATIVE) build --build-lib $(SANITIZED) \
-	    --build-temp build/sanitize/temp
+	@SAMP_NATIVE=require SAMP_SANITIZE=1 PYTHONWARNINGS=ignore $(NATIVE) build \
+	    --build-lib $(SANITIZED) --build-temp build/sanitize/temp
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	    $(BIN)/python -m pytest $(or $(PYTEST),$(wildcard tests/kernels/test_cpu_*.py))
+	    $(BIN)/python -m pytest --capture=sys \
+	    $(or $(PYTEST),$(wildcard tests/kernels/test_cpu_*.py))
 
 demo-checkpoint: $(VENV)/.native ## the demo's checkpoint: trained once, 2 to 4 minutes on two cores
 	@$(BIN)/python examples/film_reviews/train.py

@@ -187,8 +187,8 @@ def test_attention(
         fed = b.attention(qkv, cu(counts), max(counts), count, **args, out=Out("int8", scale))
         near(fed, REFERENCE.quantize(wanted, Out("int8", scale)))
     else:
-        # A score or a probability on an edge goes to either side: a step of p, times v.
-        assert np.abs(y - wanted).max() <= 4.0 / 127
+        # A score or a probability on an edge goes to either side: steps of p, times v.
+        assert np.abs(y - wanted).max() <= 12.0 / 127
         assert np.abs(y - wanted).mean() <= 2e-3
 
 

@@ -20,7 +20,7 @@ SAMP_INLINE vf exp_neg(vf x) {
   p = fma(p, r, set1(0.499992311f));
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
-  vi y = (vi)p + ((vi)t << 23);  // p * 2^n: the magic number itself is shifted out
+  vi y = (vi)((vu)p + ((vu)t << 23));  // p * 2^n: the magic number itself is shifted out
 #if SAMP_LEVEL == 3
   __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
   return (vf)_mm512_maskz_mov_epi32(keep, (__m512i)y);
