@@ -17,7 +17,7 @@ BACKENDS = ("reference", "onednn", "cpu")
 TOLERANCE = {
     ("reference", "fp32"): 1e-13,
     ("onednn", "fp32"): 5e-6,
-    ("cpu", "fp32"): 5e-6,
+    ("cpu", "fp32"): 1e-5,  # One order of k, so that a row never depends on its batch.
     ("reference", "int8"): 0.0,
     ("onednn", "int8"): 1e-3,
     ("cpu", "int8"): 1e-3,
