@@ -6,11 +6,17 @@
 # OUT is the folder given to --out; the server reads OUT/current/models. Add --gpus=all for a GPU.
 # CI runs deploy/install.sh outside of a container; the image itself is not built there.
 ARG TRITON=26.06
-FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
 
 # Address of PyTorch's index of CPU wheels: an image without the CUDA libraries of torch.
 ARG TORCH_INDEX=""
-RUN --mount=type=bind,target=/src TORCH_INDEX="${TORCH_INDEX}" /src/deploy/install.sh /opt/samp
+# The compiler of the native CPU kernels stays behind in this stage.
+RUN --mount=type=bind,target=/src apt-get update \
+    && apt-get install -y --no-install-recommends g++ python3-dev \
+    && SAMP_NATIVE=require TORCH_INDEX="${TORCH_INDEX}" /src/deploy/install.sh /opt/samp
+
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
+COPY --from=build /opt/samp /opt/samp
 
 # Triton's Python stub takes the environment whose bin comes first. The encoder sets its own number
 # of threads; threads that spin beside other model processes cost more than they give.

@@ -161,14 +161,15 @@ class BuildNative(build_ext):
         return outfile, 1
 
 
-extension = Extension(
-    "samp_kernels.cpu._native",
-    sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
-    depends=sorted(str(path) for path in SOURCES.glob("*.h")),
-    language="c++",
-    optional=os.environ.get("SAMP_NATIVE") != "require",
-)
-setup(
-    ext_modules=[] if os.environ.get("SAMP_NATIVE") == "0" else [extension],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    extension = Extension(
+        "samp_kernels.cpu._native",
+        sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
+        depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+        language="c++",
+        optional=os.environ.get("SAMP_NATIVE") != "require",
+    )
+    setup(
+        ext_modules=[] if os.environ.get("SAMP_NATIVE") == "0" else [extension],
+        cmdclass={"build_ext": BuildNative},
+    )
