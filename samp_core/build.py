@@ -5,10 +5,12 @@ measure on the search split -> allocate -> verify on rows that the search never 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from samp_kernels.cpu import state
@@ -17,7 +19,7 @@ from samp_core import cache, calibrate, heads, metrics, tasks
 from samp_core.allocate import Candidate
 from samp_core.backends import choose_backend
 from samp_core.checkpoint import load_checkpoint
-from samp_core.config import BuildConfig, TierSpec
+from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.latency import SINGLE
 from samp_core.plan import Plan, Recipe, mode_plan
@@ -45,8 +47,17 @@ class BuildResult:
     report: dict[str, Any]
 
 
-def build(config: BuildConfig, progress: Progress = silent) -> BuildResult:
-    """Run a whole build into config.folder. Raises SampError; work done so far stays cached."""
+def build(
+    config: BuildConfig | Mapping[str, Any] | Path | str, progress: Progress = silent
+) -> BuildResult:
+    """Run a whole build into config.folder. Raises SampError; work done so far stays cached.
+
+    config: a BuildConfig, its fields as in build.yaml, or the path of such a file.
+    """
+    if isinstance(config, (str, Path)):
+        config = load_config(Path(config), {})
+    elif not isinstance(config, BuildConfig):
+        config = load_config(None, config)
     begin = time.perf_counter()
     before = forwards()
     check_names(config.name, ["exact", *config.tiers], config.served_by_default)
@@ -341,3 +352,15 @@ def tier_row(
         "latency_ms": {bucket: round(ms, 3) for bucket, ms in facts.latency_ms.items()},
         "size_mb": round(weights.stat().st_size / 1e6, 1),
     }
+
+
+class _Callable(ModuleType):
+    """`samp_core.build(config)` runs a build: the function and its module share that name."""
+
+    def __call__(
+        self, config: BuildConfig | Mapping[str, Any] | Path | str, progress: Progress = silent
+    ) -> BuildResult:
+        return build(config, progress)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -151,6 +151,20 @@ def generate(
 
 
 @app.command()
+def explain(
+    tier: Annotated[str, typer.Argument(help="A tier of the build.")],
+    folder: Annotated[Path, typer.Argument(help="A build's output folder.")],
+    as_json: Json = False,
+) -> None:
+    """Say why each site of a tier's plan is as it is."""
+    from samp_core import show
+    from samp_core.explain import explain as run
+
+    made = run(folder, tier)
+    _print_json(made) if as_json else show.explained(made)
+
+
+@app.command()
 def serve(
     folder: Annotated[Path, typer.Argument(help="A build's output folder.")],
     tiers: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,

@@ -57,12 +57,15 @@ class Pipeline:
         return self.head.run(self.weights, feature, self.labels)
 
 
-def load(out: Path, tier: str, threads: int | None = None) -> Pipeline:
-    """The pipeline of a tier of the current build in `out`. Raises SampError as serving would."""
+def load(out: Path | str, tier: str = "", threads: int | None = None) -> Pipeline:
+    """The pipeline of a tier of the current build in `out`. Raises SampError as serving would.
+
+    Without a tier, the one that clients get by default.
+    """
     from safetensors.numpy import load_file
 
-    manifest = read_manifest(out)
-    entry = manifest.tiers[manifest.chosen([tier])[0]]
+    manifest = read_manifest(Path(out))
+    entry = manifest.tiers[manifest.chosen([tier or manifest.default_tier])[0]]
     models = manifest.folder / "models"
     head = models / f"head_{manifest.model}" / "1"
     return Pipeline(

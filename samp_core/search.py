@@ -291,6 +291,7 @@ class Search:
             "strategy": self._config.strategy,
             "budget_s": self._config.budget_s,
             "spent_s": round(self._clock.spent(), 1),
+            "quantizable": self._bench.quantizable(),
             "nodes": len(self.scores),
             "measured": sum(score.kl is not None for score in self.scores.values()),
             "rank_correlation": correlations(self.scores.values()),

@@ -124,6 +124,16 @@ def answer_line(answer: Any, row: Any) -> str:
     return "\t".join((*parts, " ".join(text.split())[:100] + mark))
 
 
+def explained(made: Mapping[str, Any]) -> None:
+    """A tier's plan in words, a line for each site."""
+    out.print(f"{made['tier']}: {made['plan']}", style="bold", soft_wrap=True)
+    for fact in made["facts"]:
+        out.print(f"  {fact}", soft_wrap=True, markup=False)
+    width = max((len(site["site"]) for site in made["sites"]), default=0)
+    for site in made["sites"]:
+        out.print(f"{site['site']:<{width}}  {site['why']}", soft_wrap=True, markup=False)
+
+
 def ab_table(result: Mapping[str, Any]) -> None:
     """An A/B comparison."""
     rows = []

@@ -1,0 +1,140 @@
+"""Why a tier's plan is as it is, in words: from plan.json and the search's record in build.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samp_core.chain import Node, chain, choice_of
+from samp_core.costs import CostTable
+from samp_core.errors import SampError
+from samp_core.manifest import read_manifest
+from samp_core.plan import Plan, Recipe
+
+
+def explain(out: Path, tier: str) -> dict[str, Any]:
+    """`{tier, plan, facts[], sites: [{site, precision, saves_ms, kl, rank, why}]}` of a build.
+
+    saves_ms: what int8 saves at this site with its neighbours as they are, changes of type
+    included; kl: what it loses alone, in nats; rank: 1 is the dearest. `sites` is empty where no
+    search per site was made.
+    """
+    manifest = read_manifest(out)
+    entry = manifest.tiers[manifest.chosen([tier])[0]]
+    path = manifest.folder / "models" / entry.encoder / "1" / "plan.json"
+    plan = Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    try:
+        record = json.loads((manifest.folder / "build.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SampError(
+            "damaged_repository", f"build.json: {error}", "the one that samp build wrote",
+            "samp build again",
+        ) from None  # fmt: skip
+    search = record.get("search") or {}
+    sites = _sites(plan, search) if search.get("quantizable") else []
+    return {
+        "tier": tier,
+        "plan": plan.summary(),
+        "facts": [*_facts(plan, search), *_totals(sites)],
+        "sites": sites,
+    }
+
+
+def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
+    """The promise, its tests, and the latencies foretold and measured."""
+    wish, measured = plan.search.get("wish", {}), plan.measured
+    facts = []
+    if not measured:
+        return [f"{plan.summary()}; it was not built by a search"]
+    value, reference = 100 * measured["value"], 100 * measured["float_value"]
+    facts.append(
+        f"{measured['metric']} {value:.2f}%, float {reference:.2f}%: "
+        f"{reference - value:+.2f} points lost, at most {100 * measured['drop_bound']:.2f} "
+        f"({100 * (1 - measured['alpha']):g}% bound, rows that the search never saw)"
+    )
+    if wish.get("drop"):
+        facts.append(f"promised: at most {wish['drop']:g} points")
+    if wish.get("latency"):
+        facts.append(f"promised: at most {wish['latency']:g} ms")
+    for test in measured.get("tests", []):
+        word = "held" if test["passed"] else "failed, and ended the sequence"
+        facts.append(
+            f"tested {test['plan']}: {test['b']} worse, {test['c']} better of {test['n']:,}; bound "
+            f"{100 * test['bound']:.2f} points against {100 * test['promise']:g}: {word}"
+        )
+    for bucket, ms in plan.modelled.get("latency_ms", {}).items():
+        again = measured["latency_ms"].get(bucket)
+        if again:
+            facts.append(
+                f"batch of {bucket}: {ms:.3f} ms foretold, {again:.3f} ms measured "
+                f"({100 * (ms / again - 1):+.1f}%)"
+            )
+    if search.get("sites"):
+        facts.append(
+            f"strategy {search['strategy']}: {search['measured']} of {search['nodes']} sites "
+            f"measured; rank correlation of the cheap score with them "
+            f"{search['rank_correlation'].get('fisher')}"
+        )
+    return facts
+
+
+def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What int8 brings and what the sites kept in fp32 would."""
+    quantized = [site for site in sites if site["precision"] != "fp32"]
+    kept = [site for site in sites if site["precision"] == "fp32"]
+    if not sites:
+        return []
+    return [
+        f"{len(quantized)} of {len(sites)} sites quantized, {sum(s['kl'] for s in quantized):.2g} "
+        f"nats added up; the {len(kept)} others would add {sum(s['kl'] for s in kept):.2g}"
+    ]
+
+
+def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
+    nodes = chain(plan.layers, search["quantizable"], Recipe())
+    table = CostTable(
+        {bucket: found["edges"] for bucket, found in search["costs"].items()},
+        {bucket: found["base_ms"] for bucket, found in search["costs"].items()},
+    )
+    scores = {score["node"]: score for score in search["sites"]}
+    by_loss = sorted(scores, key=lambda name: -scores[name]["estimate"])
+    rank = {name: place for place, name in enumerate(by_loss, start=1)}
+    choice = choice_of(plan, nodes)
+    bucket = next(iter(table.edges))
+    whole = table.total([0] * len(nodes), bucket)
+    made = []
+    for index, node in enumerate(nodes):
+        if node.name not in scores:
+            continue
+        with_int8, without = list(choice), list(choice)
+        with_int8[index], without[index] = len(node.options) - 1, 0
+        saves = table.total(without, bucket) - table.total(with_int8, bucket)
+        score = scores[node.name]
+        facts = {
+            "site": node.name,
+            "precision": node.precisions[choice[index]],
+            "saves_ms": saves,
+            "kl": score["estimate"],
+            "measured": score["kl"] is not None,
+            "rank": rank[node.name],
+        }
+        made.append({**facts, "why": _why(node, facts, saves / whole, len(scores))})
+    return made
+
+
+def _why(node: Node, facts: Mapping[str, Any], share: float, count: int) -> str:
+    """One site in words."""
+    place = "the dearest" if facts["rank"] == 1 else f"number {facts['rank']}"
+    loss = f"{facts['kl']:.1e} nats, {place} of {count}" + (
+        "" if facts["measured"] else ", not measured but estimated"
+    )
+    saving = f"{facts['saves_ms']:.3f} ms ({100 * share:.1f}% of float)"
+    if facts["precision"] != "fp32":
+        if facts["saves_ms"] <= 0.0:
+            return f"{facts['precision']} though it saves nothing by the table; it loses {loss}"
+        return f"{facts['precision']}: saves {saving}, loses {loss}"
+    if facts["saves_ms"] <= 0.0:
+        return f"fp32: int8 would save nothing here ({-facts['saves_ms']:+.3f} ms)"
+    return f"fp32: int8 would save {saving} and lose {loss}"
