@@ -30,6 +30,7 @@ NAMES = ("bert-base", "minilm-l6")
 SEED = 20
 CALIBRATION_TEXTS = 64
 MIXED_TEXTS = 32
+LONG_TEXTS = 16
 # Reviews are one or two sentences; the longer mix joins this many of them to one text.
 LONGEST_JOIN = 8
 # Our precisions: the sites of a layer that are int8.
@@ -150,15 +151,16 @@ def calibration() -> list[Array]:
 
 
 def inputs(name: str) -> Inputs:
-    """`1x16`, `8x128`: that many texts of that many tokens; `mixed`, `mixed-long`: 32 real texts.
+    """`1x16`, `8x128`: that many texts of that many tokens; `mixed`: 32 real texts.
 
-    The fixed lengths are cut out of a run of real reviews, [CLS] and [SEP] around each.
+    `mixed-long`: 16 texts of several reviews each. The fixed lengths are cut out of a run of
+    reviews, [CLS] and [SEP] around each.
     """
     texts = reviews()["verification"]
     if name == "mixed":
         return Inputs(name, tuple(tokens(texts[:MIXED_TEXTS])))
     if name == "mixed-long":
-        return Inputs(name, tuple(tokens(joined(texts, MIXED_TEXTS))))
+        return Inputs(name, tuple(tokens(joined(texts, LONG_TEXTS))))
     batch, length = (int(part) for part in name.split("x"))
     rows = tokens(texts[: 8 + batch * length // 8])
     first, last = rows[0][:1], rows[0][-1:]

@@ -16,11 +16,13 @@ from typing import Any
 
 from samp_kernels.interface import F32
 
-# Arms of one column this much slower than its best in the pilot are not measured further.
-NEAR = 1.3
+# Arms of one column this much slower than its best in the pilot are not measured further; those
+# that are even farther behind after their first turn are not tried again.
+NEAR = 1.2
+FAR = 1.8
 
 
-@dataclass
+@dataclass(eq=False)
 class Contender:
     """One way of computing a row. `column` is whose figure it is, `arm` how it was done.
 
@@ -42,22 +44,26 @@ class Pace:
     rounds: int = 7
     turn_s: float = 0.25
     warm_s: float = 0.08
-    calls: int = 3
+    calls: int = 2
 
 
 def pilot(contenders: Sequence[Contender]) -> list[Contender]:
-    """Those that are near the best of their column, by the best of three short turns."""
+    """Those that are near the best of their column, by the best of up to three short turns."""
     for contender in contenders:
         contender.run()
         contender.pilot_ms = _timed(contender.run)
-    for contender in list(contenders) * 2:
+    for contender in _near(contenders, FAR) * 2:
         contender.run()
         contender.pilot_ms = min(contender.pilot_ms, _timed(contender.run))
+    return _near(contenders, NEAR)
+
+
+def _near(contenders: Sequence[Contender], factor: float) -> list[Contender]:
     best: dict[str, float] = {}
     for contender in contenders:
         column = contender.column
         best[column] = min(best.get(column, contender.pilot_ms), contender.pilot_ms)
-    return [one for one in contenders if one.pilot_ms <= NEAR * best[one.column]]
+    return [one for one in contenders if one.pilot_ms <= factor * best[one.column]]
 
 
 def measure(

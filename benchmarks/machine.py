@@ -62,7 +62,8 @@ class Bystanders:
     def _own_seconds(self) -> float:
         roots = [psutil.Process(pid) for pid in self._pids]
         family = {process for root in roots for process in (root, *root.children(recursive=True))}
-        return sum(sum(process.cpu_times()[:2]) for process in family)
+        # User, system, and the same of children that have ended and were waited for.
+        return sum(sum(process.cpu_times()[:4]) for process in family)
 
 
 def _busy_seconds() -> float:

@@ -33,6 +33,7 @@ import store
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from samp_kernels.interface import Array
 from serving import Worker, server_version, spread
 
 from samp_core import heads
@@ -146,8 +147,9 @@ def write_repository(name: str, precision: str, backend: str, threads: int) -> P
     hidden = model.checkpoint.config.hidden
     rng = np.random.default_rng(encoder_models.SEED)
 
-    def random(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape) / np.sqrt(hidden)).astype(np.float32)
+    def random(*shape: int) -> Array:
+        numbers: Array = rng.standard_normal(shape) / np.sqrt(hidden)
+        return numbers.astype(np.float32)
 
     out = store.FOLDER / f"served-{name}"
     with build_lock(out):

@@ -8,6 +8,7 @@ samples. What cannot be made is named with its reason in OUT/failed.json; the re
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from samp_kernels.interface import Array
 
 # (column of the benchmark, file, how it is made); the best arm of a column counts.
 OPENVINO_FILES = (
@@ -35,7 +37,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 OUTPUT = "last_hidden_state"
 
 
-def read_samples(path: Path) -> list[dict[str, np.ndarray]]:
+def read_samples(path: Path) -> list[dict[str, Array]]:
     """One text a sample, int64 [1, s]."""
     with np.load(path) as stored:
         rows = [stored[name].astype(np.int64)[None] for name in stored.files]
@@ -141,7 +143,7 @@ def onnxruntime(checkpoint: Path, samples: Path, out: Path) -> Steps:
         def __init__(self) -> None:
             self._rows = iter(read_samples(samples))
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
+        def get_next(self) -> dict[str, Array] | None:
             return next(self._rows, None)
 
     # ORT's own fused operators have no shape inference; every unknown tensor here is a float.
@@ -168,7 +170,7 @@ def onnxruntime(checkpoint: Path, samples: Path, out: Path) -> Steps:
         source = f"fp32{ending}.onnx"
         for kind, make in (("dynamic", dynamic), ("static", static)):
             target = f"int8-{kind}{ending}.onnx"
-            yield target, lambda make=make, source=source, target=target: make(source, target)
+            yield target, functools.partial(make, source, target)
 
 
 def main() -> None:
