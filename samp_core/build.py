@@ -5,13 +5,14 @@ measure on the search split -> allocate -> verify on rows that the search never 
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from samp_kernels.cpu import state
 
@@ -21,6 +22,7 @@ from samp_core.backends import choose_backend
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
+from samp_core.errors import SampError
 from samp_core.latency import SINGLE
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
@@ -68,7 +70,8 @@ def build(
         if config.backend == "auto" and bench.backend_name != "cpu":
             warnings.append(f"backend {bench.backend_name}: the cpu kernels are {state()}")
         splits = read_splits(config, warnings)
-        metric = metrics.of(bench.task.gold, bench.checkpoint.labels)
+        scored = "" not in splits.verification.labels
+        metric = metrics.of(bench.task, bench.checkpoint.labels, scored)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
         modes = plan_modes(config, bench, calibration, search)
@@ -101,6 +104,7 @@ def build(
         }
         for choice in choices.values():
             warnings += choice.warnings
+        warnings += correct.ranks({name: choice.plan for name, choice in choices.items()})
         tiers = {
             name: tier_files(config, bench, found, choice, measured, splits, metric)
             for name, choice in choices.items()
@@ -141,6 +145,10 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         extra = head.encoder_tensors(checkpoint.state, checkpoint.hf_config)
         checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, **extra})
     text = TextEncoder.load(config.model, config.max_length)
+    if task.name == "embedding":
+        head = replace(head, encoder_output=pooling(config))
+    if task.gold == "score":
+        checkpoint = replace(checkpoint, labels=())
     if head.encoder_output == "tokens":
         text = text.with_windows(config.stride, config.windows, config.words == "spaces")
     return Workbench(
@@ -155,6 +163,27 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         progress=progress,
         task=task,
     )
+
+
+def pooling(config: BuildConfig) -> Literal["first", "mean"]:
+    """How token states become an embedding: as asked, else as the checkpoint's folder says."""
+    if config.pooling != "auto":
+        return config.pooling
+    file = config.model / "1_Pooling" / "config.json"
+    if not file.is_file():
+        return "mean"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    on = [key for key, value in said.items() if key.startswith("pooling_mode_") and value is True]
+    known: dict[str, Literal["first", "mean"]] = {
+        "pooling_mode_cls_token": "first",
+        "pooling_mode_mean_tokens": "mean",
+    }
+    if len(on) != 1 or on[0] not in known:
+        raise SampError(
+            "pooling", f"{file}: {', '.join(on) or 'none'}", ", ".join(known),
+            "name one: --pooling mean or --pooling first",
+        )  # fmt: skip
+    return known[on[0]]
 
 
 def read_splits(config: BuildConfig, warnings: list[str]) -> Splits:
@@ -324,6 +353,7 @@ def write(
         build=record,
         threads=config.threads,
         pair=bench.task.pair,
+        output=bench.head.encoder_output,
     )
 
 

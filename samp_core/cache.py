@@ -113,6 +113,7 @@ def code_sha256() -> str:
         "order",
         "pipeline",
         "plan",
+        "pooled",
         "quantize",
         "sensitivity",
         "text",

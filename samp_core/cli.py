@@ -56,6 +56,9 @@ def build(
     ] = None,
     stride: Annotated[int | None, typer.Option(help="Entities: tokens two windows share.")] = None,
     words: Annotated[str | None, typer.Option(help="Entities: tokenizer or spaces.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Embeddings: mean or first; default: the folder's.")
+    ] = None,
     strategy: Annotated[
         str | None, typer.Option(help="milp (default), samp, greedy or lower-loss.")
     ] = None,
@@ -94,6 +97,7 @@ def build(
             "max_length": max_length,
             "stride": stride,
             "words": words,
+            "pooling": pooling,
             "strategy": strategy,
             "budget_s": None if budget is None else parse_budget(budget),
         },

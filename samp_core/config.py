@@ -84,6 +84,7 @@ class BuildConfig(_Strict):
     stride: Annotated[int, Field(ge=0)] | None = None
     windows: Annotated[int, Field(ge=1, le=256)] = 16
     words: Literal["tokenizer", "spaces"] = "tokenizer"
+    pooling: Literal["auto", "mean", "first"] = "auto"
     rows: RowCounts = RowCounts()
     strategy: Literal["milp", "samp", "greedy", "lower-loss"] = "milp"
     budget_s: Annotated[float, Field(gt=0)] = 600.0

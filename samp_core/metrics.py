@@ -18,6 +18,7 @@ from samp_core import bio, evaluate
 from samp_core.allocate import Candidate, expected_changes
 from samp_core.errors import SampError
 from samp_core.evaluate import Counts, DropTest, Interval
+from samp_core.tasks import Task
 
 
 class Measurable(Protocol):
@@ -104,7 +105,7 @@ class Bootstrapped:
 
     texts(logits, split) -> [n, k]; statistic: sums -> value; worst(texts of the control) -> the
     two arms of a text that the candidate changed wholly; loss(texts, control) -> [n], by which
-    texts are counted as better or worse.
+    texts are counted as better or worse; rank: Spearman's correlation, shown beside Pearson's.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Bootstrapped:
     worst: Callable[[Array], tuple[Array, Array]]
     loss: Callable[[Array, Array], Array]
     least: float = 0.0
+    rank: Callable[[Array], float] | None = None
 
     def measure(self, logits: F32, split: Measurable) -> Array:
         return self.texts(logits, split)
@@ -179,8 +181,9 @@ class Bootstrapped:
         return lost, float(plain.std()) * math.sqrt(n), price * n
 
 
-def of(gold: str, labels: tuple[str, ...] = ()) -> Metric:
-    """The metric of a kind of gold."""
+def of(task: Task, labels: tuple[str, ...] = (), scored: bool = True) -> Metric:
+    """The metric of a task; scored: whether its rows have gold, where that is optional."""
+    gold = task.gold
     if gold == "entities":
         return Bootstrapped(
             "entity F1",
@@ -189,7 +192,73 @@ def of(gold: str, labels: tuple[str, ...] = ()) -> Metric:
             _worst_count,
             lambda texts, control: texts[:, 1] + texts[:, 2],
         )
+    if gold == "labels":
+        return Bootstrapped(
+            "micro F1",
+            lambda logits, split: _label_counts(logits, split.gold),
+            evaluate.f1,
+            _worst_count,
+            lambda texts, control: texts[:, 1] + texts[:, 2],
+        )
+    if gold == "score" and not scored:
+        return Bootstrapped(
+            "cosine to float",
+            lambda logits, split: _cosines(logits, split.gold),
+            _mean,
+            lambda control: (np.array([1.0, 1.0]), np.array([1.0, 0.0])),
+            lambda texts, control: -texts[:, 1],
+        )
+    if gold == "score":
+        pairs = task.gold_optional
+        return Bootstrapped(
+            "Pearson of cosine" if pairs else "Pearson",
+            lambda logits, split: evaluate.moments(
+                _pair_cosines(logits) if pairs else logits[:, 0], split.gold
+            ),
+            evaluate.pearson,
+            _reversed,
+            _residual,
+            rank=lambda texts: evaluate.spearman(texts[:, 1], texts[:, 2]),
+        )
     return Accuracy()
+
+
+def _mean(sums: Array) -> Array:
+    return np.asarray(sums[..., 1] / sums[..., 0])
+
+
+def _label_counts(logits: F32, gold: Array) -> Array:
+    """Right, invented and missed classes of each text, [n, 3]."""
+    found = logits >= 0
+    counts = [(found & gold).sum(1), (found & ~gold).sum(1), (~found & gold).sum(1)]
+    return np.asarray(np.stack(counts, axis=1), dtype=np.float64)
+
+
+def _cosines(vectors: F32, reference: F32) -> Array:
+    """1 and the cosine of each text's vector to its reference, [n, 2]."""
+    cosine = (vectors.astype(np.float64) * reference).sum(axis=1)
+    return np.stack([np.ones(len(cosine)), cosine], axis=1)
+
+
+def _pair_cosines(vectors: F32) -> Array:
+    """[n] of [2n, D]: all first texts stand before all second ones."""
+    first, second = np.split(vectors.astype(np.float64), 2)
+    return np.asarray((first * second).sum(axis=1))
+
+
+def _reversed(control: Array) -> tuple[Array, Array]:
+    """A row one deviation above the mean in gold, and in float; one below it in the plan."""
+    x, y = control[:, 1], control[:, 2]
+    high, low, gold = x.mean() + x.std(), x.mean() - x.std(), y.mean() + y.std()
+    both = evaluate.moments([high, low], [gold, gold])
+    return both[0], both[1]
+
+
+def _residual(texts: Array, control: Array) -> Array:
+    """How far each score is from its gold on float's scale."""
+    x, y = control[:, 1], control[:, 2]
+    scale = x.std() / max(float(y.std()), 1e-12)
+    return np.asarray(np.abs(texts[:, 1] - (x.mean() + (texts[:, 2] - y.mean()) * scale)))
 
 
 def entity_counts(logits: F32, split: Measurable, labels: tuple[str, ...]) -> Array:

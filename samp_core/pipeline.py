@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from samp_kernels.interface import F32, Array, Batch, Session, pack_batch
@@ -12,6 +13,7 @@ from samp_kernels.interface import F32, Array, Batch, Session, pack_batch
 from samp_core import bio, heads
 from samp_core.encoder import load_session
 from samp_core.manifest import read_manifest
+from samp_core.model_config import from_pbtxt
 from samp_core.rows import Text
 from samp_core.text import Encoding, TextEncoder
 from samp_core.windows import Windows
@@ -68,10 +70,12 @@ def load(out: Path | str, tier: str = "", threads: int | None = None) -> Pipelin
     entry = manifest.tiers[manifest.chosen([tier or manifest.default_tier])[0]]
     models = manifest.folder / "models"
     head = models / f"head_{manifest.model}" / "1"
+    text = (models / entry.encoder / "config.pbtxt").read_text(encoding="utf-8")
+    output: Any = from_pbtxt(text, entry.encoder).parameters["output"]
     return Pipeline(
         text=TextEncoder.load(models / f"tokenizer_{manifest.model}" / "1"),
         session=load_session(models / entry.encoder / "1", threads),
-        head=heads.load_file(head / "head.py"),
+        head=replace(heads.load_file(head / "head.py"), encoder_output=output),
         weights=load_file(head / "weights.safetensors"),
         labels=manifest.labels,
     )

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from samp_kernels.interface import Array, EncoderConfig
+from samp_kernels.interface import Array, EncoderConfig, OutputKind
 
 from samp_core import heads, model_config
 from samp_core.encoder import save_encoder
@@ -112,11 +112,13 @@ def write_build(
     build: Mapping[str, Any],
     threads: int,
     pair: bool = False,
+    output: OutputKind | None = None,
 ) -> Path:
     """Write a whole build, make it the current one, and return its folder.
 
-    The caller holds `build_lock`. The name is a hash of what is served: the same content written
-    again is the same build, and only `current` and build.json change. Raises UsageError on names.
+    output: the encoder's, where the head leaves a choice. The caller holds `build_lock`. The name
+    is a hash of what is served: the same content written again is the same build, and only
+    `current` and build.json change. Raises UsageError on names.
     """
     check_names(model, tiers, default_tier)
     builds = out / "builds"
@@ -127,14 +129,17 @@ def write_build(
     models.mkdir()
 
     spec = heads.get(head)
+    if output is not None:
+        spec = dataclasses.replace(spec, encoder_output=output)
     tokenizer = model_config.tokenizer_config(
         model, max_length=max_length, pair=pair, places=spec.rows is not None
     )
     with _version_folder(models, tokenizer, "tokenizer") as folder:
         text.save(folder)
     feature = _feature(spec, encoder_config, len(labels))
+    sizes = (len(labels), encoder_config.hidden)
     outputs = [
-        model_config.TensorConfig(t.name, _DTYPES[t.datatype], t.shape(len(labels)))
+        model_config.TensorConfig(t.name, _DTYPES[t.datatype], t.shape(*sizes))
         for t in spec.outputs
     ]
     served_head = model_config.head_config(

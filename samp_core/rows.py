@@ -60,7 +60,8 @@ def read_rows(
     """Read jsonl, csv or tsv with the columns of a task; other columns are ignored.
 
     text, and text_pair for pairs; label, labels, score or entities. Rows of entities may be
-    {tokens, tags} instead: their text is the tokens with a space between them. With
+    {tokens, tags} instead: their text is the tokens with a space between them. Rows of embeddings
+    are texts alone, or pairs with the score that their cosine should follow. With
     labelled=False only texts are needed and every label is "" (rows to predict, rows that
     trained the checkpoint). Labels are strings, or whole numbers kept as strings.
     """
@@ -86,7 +87,12 @@ def read_rows(
             text, label = _tagged(place, row, labelled)
         else:
             text = _text(place, row, task)
-            label = _GOLD[task.gold](place, row, text) if labelled and _has_gold(row, task) else ""
+            label = ""
+            scored = task.gold in row or isinstance(text, tuple)
+            if labelled and task.gold_optional and scored:
+                _check_columns(place, list(row), ("text", "text_pair", task.gold))
+            if labelled and (scored or not task.gold_optional):
+                label = _GOLD[task.gold](place, row, text)
         texts.append(text)
         labels.append(label)
     if not texts:
@@ -108,10 +114,6 @@ def read_rows(
 def _columns(task: Task, labelled: bool) -> tuple[str, ...]:
     pair = ("text_pair",) if task.pair else ()
     return ("text", *pair, *((task.gold,) if labelled and not task.gold_optional else ()))
-
-
-def _has_gold(row: Mapping[str, Any], task: Task) -> bool:
-    return not task.gold_optional or task.gold in row
 
 
 def _read_jsonl(
@@ -238,6 +240,8 @@ def _decode(path: Path, content: bytes) -> str:
 
 def _text(place: str, row: Mapping[str, Any], task: Task) -> Text:
     first = _string(place, "text", row["text"])
+    if task.gold_optional and "text_pair" in row:
+        return first, _string(place, "text_pair", row["text_pair"])
     return (first, _string(place, "text_pair", row["text_pair"])) if task.pair else first
 
 

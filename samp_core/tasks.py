@@ -8,7 +8,9 @@ from typing import Literal
 
 from samp_core.errors import UsageError
 
-TaskName = Literal["classification", "pairs", "entities"]
+TaskName = Literal[
+    "classification", "pairs", "entities", "multi-label", "regression", "reranking", "embedding"
+]
 Gold = Literal["label", "labels", "score", "entities"]
 """What a row is labelled with: one class, a set of classes, a number, or spans of the text."""
 
@@ -28,6 +30,10 @@ _ALL = (
     Task("classification", "classification", "label"),
     Task("pairs", "classification", "label", pair=True),
     Task("entities", "entities", "entities"),
+    Task("multi-label", "multi-label", "labels"),
+    Task("regression", "regression", "score"),
+    Task("reranking", "regression", "score", pair=True),
+    Task("embedding", "embedding", "score", gold_optional=True),
 )
 TASKS: Mapping[str, Task] = {str(task.name): task for task in _ALL}
 

@@ -74,6 +74,14 @@ class Verifier:
         """About how many rows would settle a test that failed, in words."""
         return self.metric.needed(test, self.texts(FLOAT), self.texts(name))
 
+    def ranks(self, served: Mapping[str, str]) -> list[str]:
+        """Spearman's correlation of each tier's plan in words, where the metric has one."""
+        rank = getattr(self.metric, "rank", None)
+        if rank is None:
+            return []
+        found = (f"{tier} {100 * rank(self.texts(plan)):.2f}" for tier, plan in served.items())
+        return [f"Spearman's rank correlation, in points: {', '.join(found)}"]
+
     def measured(self, name: str, latency_ms: Mapping[str, float]) -> Measured:
         texts = self.texts(name)
         test = self.metric.test(self.texts(FLOAT), texts, 1.0, self.alpha)

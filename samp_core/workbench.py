@@ -20,6 +20,7 @@ from samp_core.errors import SampError
 from samp_core.pipeline import batches, pieces, run_logits, run_tokens
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
+from samp_core.rows import Text
 from samp_core.tasks import TASKS, Task
 from samp_core.text import Encoding, TextEncoder
 
@@ -39,7 +40,7 @@ class Split:
     """One split's rows, their tokens, and gold as data.gold_values gives it.
 
     The two texts of a pair are one encoding; of a row of embeddings they are two, all first texts
-    before all second ones.
+    before all second ones. Embeddings without scores have float's own vectors for gold.
     """
 
     rows: Rows
@@ -74,8 +75,14 @@ class Workbench:
 
     def split(self, rows: Rows) -> Split:
         gold = gold_values(rows, self.task.gold, self.checkpoint.labels)
-        encodings = self.text.encode(rows.texts, offsets=self.head.rows is not None)
-        return Split(rows, encodings, gold)
+        texts: list[Text] = list(rows.texts)
+        if self.task.gold_optional and gold is not None:
+            texts = [pair[place] for place in (0, 1) for pair in rows.texts]
+        encodings = self.text.encode(texts, offsets=self.head.rows is not None)
+        split = Split(rows, encodings, gold)
+        if gold is None:  # a plan is judged by how near it stays to float
+            split.gold = self.logits(self.base_plan(), split, "float")
+        return split
 
     def pieces(self, split: Split) -> list[Encoding]:
         """What the encoder runs for a split: its texts, long ones as their windows."""

@@ -34,7 +34,9 @@ CHARACTERS = "".join(SCRIPTS)
 VOCABULARY = (*SPECIALS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS))
 torch.set_num_threads(1)  # these models are too small for two
 TAGS = ("O", "B-person", "I-person", "B-place", "I-place")
+TOPICS = ("food", "sport", "music", "law")
 LABELS = {
+    "multi-label": TOPICS,
     "pairs": ("neutral", "entailment", "contradiction"),
     "entities": TAGS,
 }
@@ -118,10 +120,12 @@ def sentences(count: int, rng: random.Random, most: int = 10) -> list[str]:
     return list(found)
 
 
-def logits(model: Any, tokenizer: Any, *texts: str, **options: Any) -> Any:
+def logits(model: Any, tokenizer: Any, *texts: str) -> Any:
     """transformers' own logits of one text or pair, without the batch."""
     with torch.inference_mode():
-        ids = tokenizer(*texts, truncation=True, max_length=48, return_tensors="pt", **options)
+        # As lists: a bare empty second text is taken for none.
+        lists = ([text] for text in texts)
+        ids = tokenizer(*lists, truncation=True, max_length=48, return_tensors="pt")
         return model(**ids).logits[0].numpy()
 
 
@@ -206,12 +210,71 @@ def _entity_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> l
     return made
 
 
+def embedding(model: Any, tokenizer: Any, text: str, how: str = "mean") -> Any:
+    """transformers' own vector of one text, of length 1."""
+    with torch.inference_mode():
+        ids = tokenizer(text, truncation=True, max_length=48, return_tensors="pt")
+        states = model(**ids).last_hidden_state[0].double()
+        pooled = states.mean(dim=0) if how == "mean" else states[0]
+        return (pooled / pooled.norm()).numpy()
+
+
+def _topic_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
+    texts = sentences(rows, rng)
+    scores = np.array([logits(model, tokenizer, text) for text in texts])
+    _centre(model, scores)
+    found = scores > np.median(scores, axis=0)
+    found ^= np.array([[rng.random() < 0.03 for _ in TOPICS] for _ in texts])
+    return [
+        {"text": text, "labels": [name for name, on in zip(TOPICS, row, strict=True) if on]}
+        for text, row in zip(texts, found, strict=True)
+    ]
+
+
+def _score_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
+    return [
+        {"text": t, "score": float(logits(model, tokenizer, t)[0]) + rng.gauss(0, 0.2)}
+        for t in sentences(rows, rng)
+    ]
+
+
+def _rerank_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "text": a,
+            "text_pair": b,
+            "score": 3.0 * float(logits(model, tokenizer, a, b)[0]) + rng.gauss(0, 0.3),
+        }
+        for a, b in zip(sentences(rows, rng), sentences(rows, rng), strict=True)
+    ]
+
+
+def _near_rows(model: Any, tokenizer: Any, rng: random.Random, rows: int) -> list[dict[str, Any]]:
+    made = []
+    for a, b in zip(sentences(rows, rng), sentences(rows, rng), strict=True):
+        cosine = float(embedding(model, tokenizer, a) @ embedding(model, tokenizer, b))
+        made.append({"text": a, "text_pair": b, "score": 20 * cosine + rng.gauss(0, 0.3)})
+    return made
+
+
 _MODELS: Mapping[str, Callable[[Any], Any]] = {
+    "embedding": transformers.BertModel,
+    "multi-label": transformers.BertForSequenceClassification,
+    "regression": transformers.BertForSequenceClassification,
+    "reranking": transformers.BertForSequenceClassification,
     "entities": transformers.BertForTokenClassification,
     "pairs": transformers.BertForSequenceClassification,
 }
-_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "multi-label": {"problem_type": "multi_label_classification"},
+    "regression": {"num_labels": 1, "problem_type": "regression"},
+    "reranking": {"num_labels": 1},
+}
 _ROWS: Mapping[str, Callable[[Any, Any, random.Random, int], list[dict[str, Any]]]] = {
+    "embedding": _near_rows,
     "entities": _entity_rows,
+    "multi-label": _topic_rows,
+    "regression": _score_rows,
+    "reranking": _rerank_rows,
     "pairs": _pair_rows,
 }

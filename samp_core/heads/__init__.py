@@ -1,7 +1,8 @@
 """Task heads: one file each, from a checkpoint's weights and the encoder's output to answers.
 
 A head file defines `HEAD = Head(...)`. A build copies it beside the served weights, where it is
-loaded with `load_file`, so that it imports only NumPy, the standard library and this module.
+loaded with `load_file`: it imports NumPy, the standard library, and of ours this module, `bio`,
+`pooled` and `errors` only.
 Every other file of this folder is a built-in head; `register` adds one from elsewhere.
 """
 
@@ -24,6 +25,8 @@ from samp_core.errors import SampError
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int32]
 Weights = Mapping[str, FloatArray]
+HIDDEN = -2
+"""In a TensorSpec's dims: the encoder's number of features."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,10 @@ class TensorSpec:
     datatype: Literal["BYTES", "FP32", "INT32", "BOOL"]
     dims: tuple[int, ...] | Callable[[int], tuple[int, ...]]
 
-    def shape(self, labels: int) -> tuple[int, ...]:
-        """The dims for so many labels."""
-        return self.dims(labels) if callable(self.dims) else self.dims
+    def shape(self, labels: int, hidden: int = -1) -> tuple[int, ...]:
+        """The dims for so many labels and encoder features; -1 is any length."""
+        dims = self.dims(labels) if callable(self.dims) else self.dims
+        return tuple(hidden if dim == HIDDEN else dim for dim in dims)
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ class _Counted:
 
 
 def test_the_promise_is_a_bound_with_a_worst_text() -> None:
-    metric = metrics.of("entities", small_tasks.TAGS)
+    metric = metrics.of(ENTITIES, small_tasks.TAGS)
     rng = np.random.default_rng(0)
     control = np.stack([rng.poisson(1.2, 2000), rng.poisson(0.2, 2000), rng.poisson(0.3, 2000)], 1)
     control = control.astype(float)
@@ -322,7 +322,7 @@ def test_the_promise_is_a_bound_with_a_worst_text() -> None:
 def test_a_bound_holds_on_fresh_texts_as_often_as_it_says() -> None:
     """Texts drawn from a known population, 200 times: the true drop is under the bound in 95%."""
     rng = np.random.default_rng(1)
-    metric = metrics.of("entities", small_tasks.TAGS)
+    metric = metrics.of(ENTITIES, small_tasks.TAGS)
     size = 200_000
     control = np.stack([rng.poisson(1.0, size), rng.poisson(0.3, size), rng.poisson(0.4, size)], 1)
     hit = (rng.random(size) < 0.03) & (control[:, 0] > 0)

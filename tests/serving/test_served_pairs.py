@@ -63,7 +63,7 @@ def test_the_metadata_is_all_that_a_client_needs(served: ServedTask) -> None:
 def test_exact_is_transformers_for_a_bare_client(served: ServedTask) -> None:
     """Requests of many sizes, four in flight."""
     pairs = pairs_of(served, 200)
-    requests = [pairs[i : i + 1 + i % 9] for i in range(0, len(pairs), 9)]
+    requests = [pairs[i : i + 1 + (i // 9) % 9] for i in range(0, len(pairs), 9)]
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda r: call(served.server.grpc, "small_exact", r), requests))
     worst = 0.0
