@@ -1,6 +1,7 @@
 """A build small enough to write in milliseconds: one random layer, an alphabet for a vocabulary.
 
-Real in every part that is served; only its size is made up. It runs on the reference backend.
+Real in every part that is served; only its size is made up. It runs on the reference backend, if
+no other is named.
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ def write_tiny(
     tiers: Sequence[str] = ("exact",),
     default_tier: str = "exact",
     head: str = "classification",
+    backend: str = "reference",
 ) -> Path:
     """Write a build of random weights made from `seed` and make it the current one."""
     weights = tiny_weights(seed)
     plan = mode_plan(
-        Plan(
-            f"{seed:064x}", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, "reference", {}, {}
-        ),
+        Plan(f"{seed:064x}", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, backend, {}, {}),
         "float",
         0,
         (),
