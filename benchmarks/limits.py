@@ -23,7 +23,9 @@ import store
 SOURCE = machine.ROOT / "kernels" / "cpu" / "src" / "limits.cc"
 MODULES = ("samp_kernels._cpu", "samp_kernels.cpu._native", "samp_kernels.cpu._cpu")
 NAMES = {"int8_gops": "int8_gops", "f32_gflops": "f32_gflops", "gbps": "read_gbps"}
-SECONDS = 1.0
+SECONDS = 0.5
+# The best of a few tries: what disturbs one only takes away.
+TRIES = 4
 
 Measure = Callable[[int, float], float]
 
@@ -33,8 +35,12 @@ def limits(threads: int) -> dict[str, float]:
     for find in (_of_module, _compiled):
         measures = find()
         if measures:
-            found = {name: measure(threads, SECONDS) for name, measure in measures.items()}
-            return {name: round(value, 1) for name, value in found.items() if value > 0}
+            tries = [
+                {name: measure(threads, SECONDS) for name, measure in measures.items()}
+                for _ in range(TRIES)
+            ]
+            best = {name: max(one[name] for one in tries) for name in measures}
+            return {name: round(value, 1) for name, value in best.items() if value > 0}
     return _of_torch(threads)
 
 

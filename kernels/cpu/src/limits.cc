@@ -45,7 +45,7 @@ void spin_until(const Ready& ready) {
     if (turns > 2000) std::this_thread::yield();
 }
 
-// Runs `work(thread)` on all threads at once, again and again for `seconds`, and returns the shortest
+// Runs `work(thread)` on all threads at once, again and again for `seconds`, and returns the least
 // time from the common start to the last thread's end. The threads spin between windows, so that
 // waking up is not part of the figure, and yield after a while: on a busy machine the one that is
 // waited for may need this very core.
