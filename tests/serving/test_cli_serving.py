@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from forked import Done, forks
-from separable import LABELS, set_latencies, small, write_rows
+from separable import LABELS, planted_build, small, write_rows
 from tiny import write_tiny
 
 from samp_core import pipeline
@@ -74,9 +74,7 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     """The small checkpoint built; `fast` has every layer in int8."""
     out = tmp_path_factory.mktemp("small")
     yaml = small().yaml(out / "build.yaml", out=str(out), tiers=TIERS)
-    forks().samp("build", "-c", yaml)
-    set_latencies(out)
-    assert forks().samp("build", "-c", yaml).code == 0
+    assert planted_build(yaml, out).code == 0
     made = start(out)
     yield made
     made.process.send_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ import pytest
 from calls import classify
 from forked import Done, forks, wait_for
 from safetensors.numpy import load_file, save_file
-from separable import random_texts, set_latencies, small
+from separable import planted_build, random_texts, set_latencies, small
 
 from samp_core.control import Control
 from samp_core.manifest import read_manifest
@@ -71,9 +71,7 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("repeat")
     yaml = small().yaml(folder / "b.yaml", out=str(folder / "out"), tiers=TIERS)
-    forks().samp("build", "-c", yaml)
-    set_latencies(folder / "out")
-    assert forks().samp("build", "-c", yaml).code == 0
+    assert planted_build(yaml, folder / "out").code == 0
     samp = str(Path(sys.executable).with_name("samp"))
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
     command = [samp, "serve", str(folder / "out"), *ports, "--json", "--threads", "1"]
@@ -103,6 +101,8 @@ def test_nothing_changed(place: Place) -> None:
 def test_other_tiers(place: Place) -> None:
     """One tier goes, one comes; the search is not done again."""
     exact, fast = place.scores("exact"), place.scores("fast")
+    place.build(tiers={"new": {"latency": 95}})
+    set_latencies(place.out)
     done = place.build(tiers={"new": {"latency": 95}})
     assert done.code == 0
     assert "search:" not in done.err
