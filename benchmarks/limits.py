@@ -107,7 +107,7 @@ def _of_torch(threads: int) -> dict[str, float]:
     from samp_kernels.onednn import OneDnnBackend
 
     backend = OneDnnBackend(threads)
-    memory = torch.zeros(1 << 28)
+    memory = torch.ones(1 << 28)  # zeros would all be one page
     found = {"gbps": memory.nbytes / _best(lambda: memory.sum()) / 1e9}
     if ("gemm", "int8", "static") in backend.capabilities():
         rows, inner, outputs = 1024, 2048, 2048
