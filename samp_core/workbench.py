@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from samp_kernels.cpu import level
 from samp_kernels.interface import F32, Array, Backend, Session
 
 from samp_core import bio, calibrate, encoder, heads, latency
@@ -253,6 +254,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "absent"
+    found["cpu kernels"] = level() or "absent"
     return found
 
 

@@ -251,7 +251,8 @@ def test_provenance(planted: Built) -> None:
         assert round(100 * measured["value"], 3) == planted.tier(name)["value"]
         assert plan["modelled"] == {"latency_ms": {"1": MS[plan["mode"]]}}
         assert measured["latency_ms"] == {b: MS[plan["mode"]] * int(b) for b in ("1", "8", "32")}
-        assert set(plan["versions"]) == {"samp-triton", "torch", "numpy", "tokenizers"}
+        kernels = "cpu kernels"
+        assert set(plan["versions"]) == {"samp-triton", "torch", "numpy", "tokenizers", kernels}
         assert Plan.from_json(json.dumps(plan)).key() == (
             read_manifest(planted.out).tiers[name].plan_sha256
         )
