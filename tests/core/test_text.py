@@ -94,7 +94,9 @@ def _generated(count: int) -> list[str]:
     return texts
 
 
-def _same(ours: Encoding, ids: Any, types: Any, offsets: Any, special: Any, length: int) -> bool:
+def _same(
+    ours: Encoding, ids: Any, types: Any, offsets: Any, special: Any, words: Any, length: int
+) -> bool:
     expected = np.array(offsets).reshape(-1, 2)
     expected[np.array(special, dtype=bool)] = -1
     assert ours.offsets is not None
@@ -102,6 +104,7 @@ def _same(ours: Encoding, ids: Any, types: Any, offsets: Any, special: Any, leng
         np.array_equal(ours.ids, ids)
         and np.array_equal(ours.types, types)
         and np.array_equal(ours.offsets, expected)
+        and np.array_equal(ours.words, [-1 if word is None else word for word in words])
         and ours.truncated == (length > len(ids))
     )
 
@@ -123,17 +126,18 @@ def test_ten_thousand_texts_equal_transformers(minilm: Path, reviews: list[str])
     ours = TextEncoder.load(minilm, 48).encode(texts)
     different = [
         text
-        for text, one, ids, types, offsets, special, length in zip(
+        for text, one, ids, types, offsets, special, words, length in zip(
             texts,
             ours,
             wanted["input_ids"],
             wanted["token_type_ids"],
             wanted["offset_mapping"],
             wanted["special_tokens_mask"],
+            (wanted.word_ids(index) for index in range(len(texts))),
             lengths,
             strict=True,
         )
-        if not _same(one, ids, types, offsets, special, length)
+        if not _same(one, ids, types, offsets, special, words, length)
     ]
     assert different == []
     # Both outcomes really occur among these texts.
@@ -151,6 +155,36 @@ def test_dtypes_and_the_fast_path(minilm: Path) -> None:
     assert fast.offsets is None
     assert fast.ids.tolist() == full.ids.tolist() == [101, 1037, 2986, 2143, 102]
     assert encoder.encode([]) == []
+
+
+def test_ten_thousand_pairs_equal_transformers(minilm: Path, reviews: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    texts = [*SPECIAL_TEXTS, *reviews, *_generated(1500 - len(SPECIAL_TEXTS))]
+    order = random.Random(1).sample(range(10_000), 10_000)
+    second = [texts[index] for index in order]
+    wanted = AutoTokenizer.from_pretrained(minilm)(
+        texts,
+        second,
+        truncation="longest_first",
+        max_length=64,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    ours = TextEncoder.load(minilm, 64).encode(list(zip(texts, second, strict=True)))
+    different = [
+        index
+        for index, one in enumerate(ours)
+        if not _same(
+            one,
+            *(wanted[key][index] for key in ("input_ids", "token_type_ids", "offset_mapping")),
+            wanted["special_tokens_mask"][index],
+            wanted.word_ids(index),
+            10**6 if one.truncated else 0,
+        )
+    ]
+    assert different == []
+    assert 500 < sum(one.truncated for one in ours) < 9500
 
 
 PIECES = st.one_of(
