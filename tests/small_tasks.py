@@ -32,7 +32,6 @@ SCRIPTS = (
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHARACTERS = "".join(SCRIPTS)
 VOCABULARY = (*SPECIALS, *CHARACTERS, *(f"##{c}" for c in CHARACTERS))
-torch.set_num_threads(1)  # these models are too small for two
 TAGS = ("O", "B-person", "I-person", "B-place", "I-place")
 TOPICS = ("food", "sport", "music", "law")
 LABELS = {
@@ -82,6 +81,15 @@ class SmallTask:
 
 def make(task: str, folder: Path, rows: int = 500, seed: int = 0) -> SmallTask:
     """Write a checkpoint and rows of a task."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small for two
+    try:
+        return _make(task, folder, rows, seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _make(task: str, folder: Path, rows: int, seed: int) -> SmallTask:
     torch.manual_seed(seed)
     names = LABELS.get(task, ())
     config = transformers.BertConfig(

@@ -162,7 +162,7 @@ def test_sick_served_is_transformers(tmp_path_factory: pytest.TempPathFactory) -
     done = forks().start(
         "build", "--model", folder, "--task", "pairs", "--data", SHARED / "data/sick-test.jsonl",
         "--name", "sick", "--max-length", 96, "--calibrator", "minmax", "--tier", "fast:drop=2pt",
-        "--out", out, "--json",
+        "--strategy", "samp", "--out", out, "--json",
     ).wait(600)  # fmt: skip
     assert done.code == 0, done.err
     assert 84 < done.json["tiers"][0]["value"] < 89
