@@ -130,4 +130,4 @@ clean: ## remove caches and builds; keep .venv and the demo's checkpoint
 	@find model_repository -mindepth 1 -maxdepth 1 -type d -not -name templates -exec rm -rf {} +
 
 distclean: clean ## remove .venv and the demo's checkpoint too
-	@rm -rf $(VENV) .demo
+	@rm -rf $(VENV) .demo kernels/cpu/_native.*.so
