@@ -86,9 +86,10 @@ demo: demo-checkpoint ## build tiers, serve them, call, compare and load them; p
 test: demo-checkpoint ## every test that this machine can run
 	@$(BIN)/python -m pytest $(PYTEST)
 
-lint: $(VENV)/.ok ## ruff and strict types
+lint: $(VENV)/.ok ## ruff, clang-format and strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run -Werror kernels/cpu/src/*
 	@mkdir -p build/types
 	@$(foreach pair,$(TYPED),ln -sfn ../../$(lastword $(subst :, ,$(pair))) \
 	    build/types/$(firstword $(subst :, ,$(pair)));)
@@ -98,6 +99,7 @@ lint: $(VENV)/.ok ## ruff and strict types
 format: $(VENV)/.ok ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+	@$(BIN)/clang-format -i kernels/cpu/src/*
 
 bench: demo-checkpoint peers ## every benchmark (a quiet machine, 45 minutes)
 	@$(BIN)/python benchmarks/encoder.py

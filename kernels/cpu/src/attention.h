@@ -88,10 +88,17 @@ typedef void (*TileFunction)(const Tile&);
 #define SAMP_SIX(f, v) f<1, v>, f<2, v>, f<3, v>, f<4, v>, f<5, v>, f<6, v>
 #define SAMP_TWELVE(f, v) SAMP_SIX(f, v), f<7, v>, f<8, v>, f<9, v>, f<10, v>, f<11, v>, f<12, v>
 #if SAMP_LEVEL == 3
-#define SAMP_TILES(f) \
-  {{SAMP_TWELVE(f, 1)}, {SAMP_TWELVE(f, 2)}, {SAMP_SIX(f, 3), f<7, 3>, f<8, 3>}, {SAMP_SIX(f, 4)}}
+#define SAMP_TILES(f)                                                               \
+  {                                                                                 \
+    {SAMP_TWELVE(f, 1)}, {SAMP_TWELVE(f, 2)}, {SAMP_SIX(f, 3), f<7, 3>, f<8, 3>}, { \
+      SAMP_SIX(f, 4)                                                                \
+    }                                                                               \
+  }
 #else
-#define SAMP_TILES(f) {{SAMP_TWELVE(f, 1)}, {SAMP_SIX(f, 2)}}
+#define SAMP_TILES(f)                       \
+  {                                         \
+    {SAMP_TWELVE(f, 1)}, { SAMP_SIX(f, 2) } \
+  }
 #endif
 static const TileFunction kTilesF32[kTileVectors][kMaxRows] = SAMP_TILES(tile_f32);
 static const TileFunction kTilesI8[kTileVectors][kMaxRows] = SAMP_TILES(tile_i8);
@@ -196,8 +203,8 @@ SAMP_INLINE void interleave_keys(const bytes16* key, int8_t* to) {
 #if SAMP_LEVEL == 3
   // One key a lane; then groups of 4 dims are gathered into lanes and transposed there.
   const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const __m512i within = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const __m512i within =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   __m512i y = _mm512_castsi128_si512((__m128i)key[0]);
   y = _mm512_mask_broadcast_i32x4(y, 0x00f0, (__m128i)key[1]);
   y = _mm512_mask_broadcast_i32x4(y, 0x0f00, (__m128i)key[2]);
@@ -286,14 +293,14 @@ SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, long
 struct HeadScratch {
   char* base;
   long used = 0;
-  long columns;     // of values and context: d rounded up to whole vectors
-  float* keys;      // panels [d][keys], or [d / 4][keys] groups of 4
-  int32_t* sums;    // [n]
-  float* values;    // [n][columns], or [n / 4][columns] groups of 4
-  float* scores;    // [kBlockRows][n]
-  uint8_t* p8;      // [kBlockRows][n]
-  float* context;   // [kBlockRows][columns]
-  uint8_t* rows[3]; // Q, K, V [n][d rounded up to 4] quantized here
+  long columns;      // of values and context: d rounded up to whole vectors
+  float* keys;       // panels [d][keys], or [d / 4][keys] groups of 4
+  int32_t* sums;     // [n]
+  float* values;     // [n][columns], or [n / 4][columns] groups of 4
+  float* scores;     // [kBlockRows][n]
+  uint8_t* p8;       // [kBlockRows][n]
+  float* context;    // [kBlockRows][columns]
+  uint8_t* rows[3];  // Q, K, V [n][d rounded up to 4] quantized here
 
   HeadScratch(void* at, long d, long n) : base((char*)at), columns(round_up(d, 16)) {
     const long padded = round_up(n, kTileVectors * W);

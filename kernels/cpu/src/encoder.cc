@@ -159,8 +159,8 @@ void Encoder::read_norm(Gemm& g, const Site& site, const Rows& rows) const {
   set_side(g.ep, site, rows.res.get(), h);
 }
 
-// One sequence. `pooled` >= 0: its first token alone, to that row of the pooled rows, and with it the
-// token's residual.
+// One sequence. `pooled` >= 0: its first token alone, to that row of the pooled rows, and with it
+// the token's residual.
 void Encoder::attention(int l, Rows& rows, const int32_t* cu, long sequence, long head0, long head1,
                         long pooled, int thread) {
   Clock clock(*this, Op::attention, l, thread);
@@ -220,7 +220,8 @@ void Encoder::add_residual(Gemm& g, Rows& rows) const {
   g.ep.ld_residual = g.ep.ld_f = shape_.hidden;
 }
 
-void Encoder::ffn_in(int l, Rows& rows, long row0, long row1, long panel0, long panel1, int thread) {
+void Encoder::ffn_in(int l, Rows& rows, long row0, long row1, long panel0, long panel1,
+                     int thread) {
   const Layer& layer = layers[static_cast<size_t>(l)];
   Gemm g;
   read_norm(g, layer.ffn_in, rows);

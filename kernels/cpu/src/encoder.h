@@ -17,8 +17,8 @@ enum class Output : int { first = 0, mean = 1, tokens = 2 };
 // One weight site. Pointers are kept alive by the Python session.
 struct Site {
   bool int8 = false;
-  bool per_token = false;     // the input has a scale for each token, written by the layer norm
-  float input_scale = 1.0f;   // static scale of the input, when int8 and not per token
+  bool per_token = false;    // the input has a scale for each token, written by the layer norm
+  float input_scale = 1.0f;  // static scale of the input, when int8 and not per token
   const void* packed = nullptr;
   long n = 0, k = 0;
   std::vector<float> col_scale;  // int8: weight scale x static input scale
@@ -61,7 +61,18 @@ struct Input {
 };
 
 // Kinds of timed work, in the order of a layer.
-enum class Op : int { embed = 0, qkv, attention, out, attention_ln, ffn_in, ffn_out, output_ln, pool, logits };
+enum class Op : int {
+  embed = 0,
+  qkv,
+  attention,
+  out,
+  attention_ln,
+  ffn_in,
+  ffn_out,
+  output_ln,
+  pool,
+  logits
+};
 constexpr int kOps = 10;
 
 class Encoder {
@@ -84,8 +95,8 @@ class Encoder {
   const std::vector<uint8_t>& executed() const { return executed_; }
 
  private:
-  struct Rows;     // activations of some rows
-  struct Pass;     // one call of run
+  struct Rows;  // activations of some rows
+  struct Pass;  // one call of run
   class Clock;
 
   void plan(Pass& pass);

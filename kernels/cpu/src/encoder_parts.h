@@ -102,8 +102,8 @@ class Encoder::Clock {
  public:
   Clock(Encoder& e, Op op, int layer, int thread) : on_(e.timed_) {
     if (!on_) return;
-    sum_ = &e.ticks_[static_cast<size_t>(thread)][static_cast<size_t>(layer * kOps) +
-                                                  static_cast<size_t>(op)];
+    sum_ = &e.ticks_[static_cast<size_t>(thread)]
+                    [static_cast<size_t>(layer * kOps) + static_cast<size_t>(op)];
     begin_ = std::chrono::steady_clock::now();
   }
   ~Clock() {

@@ -1,8 +1,9 @@
 // The one chain behind every GEMM: scale, outlier side product, bias, activation, residual, and the
-// output as float, u8 or both. A tile of accumulators is spilled to L1 first: the micro-kernels then
-// know nothing of epilogues, and the out-of-order core overlaps this with the next tile's loads.
+// output as float, u8 or both. A tile of accumulators is spilled to L1 first: the micro-kernels
+// then know nothing of epilogues, and the out-of-order core overlaps this with the next tile's
+// loads.
 
-constexpr int NV = 2;         // vectors of one panel
+constexpr int NV = 2;          // vectors of one panel
 constexpr int PANEL = NV * W;  // columns of one packed panel
 
 template <int ACT>
@@ -17,12 +18,15 @@ SAMP_INLINE vf activate(vf y) {
 SAMP_INLINE vf as_float(const int32_t* p) { return to_float(loadi(p)); }
 SAMP_INLINE vf as_float(const float* p) { return load(p); }
 
-// `tile` [rows][ld_tile] of T = int32 sums or float sums; columns [col, col + columns) of row `row` on.
+// `tile` [rows][ld_tile] of T = int32 sums or float sums; columns [col, col + columns) of row `row`
+// on.
 template <int ACT, bool WHOLE, typename T>
 SAMP_INLINE void finish_rows(const Epilogue& e, const T* tile, int ld_tile, long row, int rows,
                              long col, int n) {
   const bool scaled = e.col_scale != nullptr;
-  const vf scale = !scaled ? set1(1.0f) : WHOLE ? load(e.col_scale + col) : load_n(e.col_scale + col, n);
+  const vf scale = !scaled ? set1(1.0f)
+                   : WHOLE ? load(e.col_scale + col)
+                           : load_n(e.col_scale + col, n);
   const vf bias = WHOLE ? load(e.bias + col) : load_n(e.bias + col, n);
   vf inv = set1(e.inv_scale);
   if (e.inv_scale_col) inv = WHOLE ? load(e.inv_scale_col + col) : load_n(e.inv_scale_col + col, n);
@@ -75,7 +79,8 @@ static void finish(const Epilogue& e, const T* tile, int ld_tile, long row, int 
                    long n) {
   switch (e.act) {
     case Act::gelu: return finish_act<(int)Act::gelu>(e, tile, ld_tile, row, rows, col, n);
-    case Act::gelu_tanh: return finish_act<(int)Act::gelu_tanh>(e, tile, ld_tile, row, rows, col, n);
+    case Act::gelu_tanh:
+      return finish_act<(int)Act::gelu_tanh>(e, tile, ld_tile, row, rows, col, n);
     case Act::tanh: return finish_act<(int)Act::tanh>(e, tile, ld_tile, row, rows, col, n);
     case Act::relu: return finish_act<(int)Act::relu>(e, tile, ld_tile, row, rows, col, n);
     default: return finish_act<(int)Act::none>(e, tile, ld_tile, row, rows, col, n);

@@ -1,11 +1,11 @@
 // Packed-panel GEMMs, int8 and fp32, on one plan: a panel of 2W columns of the weight is packed
-// k-major at load; a micro-kernel holds up to ROWS x 2 vectors of accumulators in registers and runs
-// over the whole of K; the tile then goes through the epilogue (epilogue.h). K is never split, so
-// every sum has one order whatever the number of rows, and a row alone equals a row in a batch.
+// k-major at load; a micro-kernel holds up to ROWS x 2 vectors of accumulators in registers and
+// runs over the whole of K; the tile then goes through the epilogue (epilogue.h). K is never split,
+// so every sum has one order whatever the number of rows, and a row alone equals a row in a batch.
 //
-// int8: u8 activations (zero point 128) times s8 weights. A packed panel is [2W int32: -128 times the
-// column's sum][K/4][2][W][4 s8]: the accumulators start at the correction, so that they end as the
-// exact signed sums. fp32: [K][2][W].
+// int8: u8 activations (zero point 128) times s8 weights. A packed panel is [2W int32: -128 times
+// the column's sum][K/4][2][W][4 s8]: the accumulators start at the correction, so that they end as
+// the exact signed sums. fp32: [K][2][W].
 
 #if SAMP_LEVEL == 3
 constexpr int ROWS = 12;  // 24 accumulators, 2 weights, a few broadcasts of 32 registers
@@ -114,7 +114,8 @@ template <typename X, typename P, typename S>
 using TileFn = void (*)(const X*, long, const P*, long, Fetch, S*);
 
 #if SAMP_LEVEL == 3
-#define SAMP_GEMM_TILES(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
+#define SAMP_GEMM_TILES(f) \
+  {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>, f<9>, f<10>, f<11>, f<12>}
 #elif SAMP_LEVEL == 2
 #define SAMP_GEMM_TILES(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>}
 #else

@@ -1,4 +1,5 @@
-// One dispatch level: compiled once for each SAMP_LEVEL with that instruction set's flags (setup.py).
+// One dispatch level: compiled once for each SAMP_LEVEL with that instruction set's flags
+// (setup.py).
 #include "level.h"
 
 #if defined(__x86_64__)

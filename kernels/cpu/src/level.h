@@ -2,9 +2,9 @@
 //
 // A level is this folder's *_impl.h files compiled once for one instruction set (level.cc). All
 // pointers are caller-owned; rows are tokens, row-major; `ld*` are row strides in elements. int8
-// activations are stored as u8 with zero point 128. No op allocates, locks or throws. Every op works
-// on a range, so that the caller decides how the work is spread over threads; a row's result never
-// depends on the range that it was computed in.
+// activations are stored as u8 with zero point 128. No op allocates, locks or throws. Every op
+// works on a range, so that the caller decides how the work is spread over threads; a row's result
+// never depends on the range that it was computed in.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,9 @@ struct Epilogue {
   long ld_f = 0;
   uint8_t* out_q = nullptr;  // [T, N] or null
   long ld_q = 0;
-  float inv_scale = 1.0f;                // of out_q
-  const float* inv_scale_col = nullptr;  // [N], wins over inv_scale: q, k, v with scales of their own
+  float inv_scale = 1.0f;  // of out_q
+  const float* inv_scale_col =
+      nullptr;  // [N], wins over inv_scale: q, k, v with scales of their own
   // The outlier split: side[t, n] = sum_j side_x[t, side_index[j]] * side_w[j, n].
   const float* side_x = nullptr;
   long ld_side = 0;
@@ -60,7 +61,8 @@ struct RowOut {
   uint8_t* out_q = nullptr;
   long ld_q = 0;
   float inv_scale = 1.0f;
-  float* token_scale = nullptr;  // [T]: written (max|row| / 127, at least 1e-30 / 127) when per token
+  float* token_scale =
+      nullptr;  // [T]: written (max|row| / 127, at least 1e-30 / 127) when per token
 };
 
 // LN(x + residual) row by row; x may be out_f (in place).
@@ -104,8 +106,9 @@ struct Attention {
   long ld_bias = 0;
   bool int8_scores = false, int8_context = false;  // with qkv_q both are true
   float q_scale = 1, k_scale = 1, p_scale = 1, v_scale = 1;
-  bool first_only = false;  // only query 0 of each sequence, written to row `first_row` of the output
-  RowOut out;               // token_scale is not used
+  bool first_only =
+      false;   // only query 0 of each sequence, written to row `first_row` of the output
+  RowOut out;  // token_scale is not used
 };
 
 struct Level {

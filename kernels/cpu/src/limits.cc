@@ -84,11 +84,11 @@ double best_window(int threads, double seconds, const Work& work) {
 
 // 24 chains hide a latency of up to 12 cycles at two instructions a cycle. They start from
 // the thread's own registers; what they add up to does not matter, and int32 wraps.
-#define SAMP_12(op, a) \
+#define SAMP_12(op, a)                                                                      \
   op(a, 0) op(a, 1) op(a, 2) op(a, 3) op(a, 4) op(a, 5) op(a, 6) op(a, 7) op(a, 8) op(a, 9) \
       op(a, 10) op(a, 11)
-#define SAMP_24(op, a)                                                                          \
-  SAMP_12(op, a)                                                                                \
+#define SAMP_24(op, a)                                                                      \
+  SAMP_12(op, a)                                                                            \
   op(a, 12) op(a, 13) op(a, 14) op(a, 15) op(a, 16) op(a, 17) op(a, 18) op(a, 19) op(a, 20) \
       op(a, 21) op(a, 22) op(a, 23)
 
@@ -98,7 +98,7 @@ double best_window(int threads, double seconds, const Work& work) {
 #define SAMP_YMM_VNNI(_, i) "%{vex%} vpdpbusd %%ymm15, %%ymm14, %%ymm" #i "\n\t"
 #define SAMP_YMM_F32(_, i) "vfmadd231ps %%ymm15, %%ymm14, %%ymm" #i "\n\t"
 // Without VNNI: 16-bit sums, widened to 32 bits, added up.
-#define SAMP_YMM_MADD(_, i)                    \
+#define SAMP_YMM_MADD(_, i)                  \
   "vpmaddubsw %%ymm15, %%ymm14, %%ymm13\n\t" \
   "vpmaddwd %%ymm12, %%ymm13, %%ymm13\n\t"   \
   "vpaddd %%ymm13, %%ymm" #i ", %%ymm" #i "\n\t"
@@ -111,9 +111,9 @@ double best_window(int threads, double seconds, const Work& work) {
 #define SAMP_REG_LOW(p) \
   p "0", p "1", p "2", p "3", p "4", p "5", p "6", p "7", p "8", p "9", p "10", p "11",
 #define SAMP_REG_MID(p) p "12", p "13", p "14", p "15",
-#define SAMP_REG_HIGH(p)                                                                  \
-  p "16", p "17", p "18", p "19", p "20", p "21", p "22", p "23", p "24", p "25", p "26", \
-      p "27", p "28", p "29", p "30", p "31",
+#define SAMP_REG_HIGH(p)                                                                          \
+  p "16", p "17", p "18", p "19", p "20", p "21", p "22", p "23", p "24", p "25", p "26", p "27", \
+      p "28", p "29", p "30", p "31",
 
 __attribute__((target("avx512f"))) void int8_zmm(long rounds) {
   SAMP_LOOP(SAMP_24(SAMP_CLEAR_Z, 0) SAMP_CLEAR_Z(0, 30) SAMP_CLEAR_Z(0, 31),
@@ -123,8 +123,7 @@ __attribute__((target("avx512f"))) void int8_zmm(long rounds) {
 
 __attribute__((target("avx512f"))) void f32_zmm(long rounds) {
   SAMP_LOOP(SAMP_24(SAMP_CLEAR_Z, 0) SAMP_CLEAR_Z(0, 30) SAMP_CLEAR_Z(0, 31),
-            SAMP_24(SAMP_ZMM_F32, 0),
-            SAMP_REG_LOW("xmm") SAMP_REG_MID("xmm") SAMP_REG_HIGH("xmm"));
+            SAMP_24(SAMP_ZMM_F32, 0), SAMP_REG_LOW("xmm") SAMP_REG_MID("xmm") SAMP_REG_HIGH("xmm"));
 }
 
 __attribute__((target("avx2"))) void int8_ymm_vnni(long rounds) {
@@ -196,8 +195,8 @@ __attribute__((target("avx2"))) uint64_t read_ymm(const uint64_t* p, size_t byte
       const __m256i both = _mm256_xor_si256(_mm256_load_si256(line), _mm256_load_si256(line + 1));
       sums[stream] = _mm256_xor_si256(sums[stream], both);
     }
-  const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]),
-                                       _mm256_xor_si256(sums[2], sums[3]));
+  const __m256i all =
+      _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
   return static_cast<uint64_t>(_mm256_extract_epi64(all, 0) ^ _mm256_extract_epi64(all, 1) ^
                                _mm256_extract_epi64(all, 2) ^ _mm256_extract_epi64(all, 3));
 }

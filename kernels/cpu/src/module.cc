@@ -22,9 +22,9 @@ NB_MODULE(_native, m) {
   m.def("levels", [] {
     nb::dict found;
     for (int i = 0; i < samp::kLevels; ++i)
-      found[samp::kLevelNames[i]] = samp::runnable_level(i)  ? "runs"
-                                    : samp::built_level(i) ? "not on this CPU"
-                                                           : "not built";
+      found[samp::kLevelNames[i]] = samp::runnable_level(i) ? "runs"
+                                    : samp::built_level(i)  ? "not on this CPU"
+                                                            : "not built";
     return found;
   });
 }

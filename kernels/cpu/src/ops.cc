@@ -1,6 +1,6 @@
 // One op at a time, on NumPy arrays that the caller made: for tests, calibration and the loop over
-// ops. Every shape and index is checked here, so that no call from Python can leave an array; a wrong
-// one is a ValueError. The interpreter's lock is free while an op works.
+// ops. Every shape and index is checked here, so that no call from Python can leave an array; a
+// wrong one is a ValueError. The interpreter's lock is free while an op works.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -65,7 +65,8 @@ using OutF = Maybe<Matrix<float>>;
 using OutQ = Maybe<Matrix<uint8_t>>;
 using OutT = Maybe<Vector<float>>;
 
-RowOut row_out(const OutF& f, const OutQ& q, float inv_scale, const OutT& token, long rows, long width) {
+RowOut row_out(const OutF& f, const OutQ& q, float inv_scale, const OutT& token, long rows,
+               long width) {
   RowOut out;
   if (f) out.ld_f = rows_of(*f, rows, width, "out_f [rows, width]"), out.out_f = f->data();
   if (q) out.ld_q = rows_of(*q, rows, width, "out_q [rows, width]"), out.out_q = q->data();
@@ -115,7 +116,6 @@ struct Rows {
   std::vector<uint8_t> copy;
 };
 
-
 // act(x W^T ...) + residual; out_f, out_q or both. side: x [T, k] times weight [k, N], added.
 template <typename X>
 void gemm(const Level& level, const X& x, const Packed& packed,
@@ -134,7 +134,8 @@ void gemm(const Level& level, const X& x, const Packed& packed,
     g.ld_x = quantized->ld;
     expect(col_scale.has_value(), "col_scale for an int8 weight");
   } else {
-    expect(!packed.int8 && !col_scale && !row_scale, "an fp32 weight, and no scales, for float rows");
+    expect(!packed.int8 && !col_scale && !row_scale,
+           "an fp32 weight, and no scales, for float rows");
     rows = size(x, 0);
     g.ld_x = rows_of(x, rows, packed.k, "x [rows, in of the weight]");
     g.x = x.data();
@@ -189,7 +190,8 @@ void sums(const Level& level, const Matrix<const uint8_t>& x, const Packed& pack
   level.sums_int8(g, 0, rows.count, out.data(), ld);
 }
 
-LayerNormW norm(const Vector<const float>& gamma, const Vector<const float>& beta, float eps, long width) {
+LayerNormW norm(const Vector<const float>& gamma, const Vector<const float>& beta, float eps,
+                long width) {
   return {values(gamma, width, "gamma [width]"), values(beta, width, "beta [width]"), eps};
 }
 
@@ -272,10 +274,10 @@ long longest(const Vector<const int32_t>& cu, long rows) {
 
 // qkv of floats, or of u8 where scores and context are int8. first_only: one row a sequence.
 template <typename T>
-void attention(const Level& level, const Matrix<const T>& qkv, const Vector<const int32_t>& cu, long heads,
-               const Maybe<Cube<const float>>& bias, bool int8_scores, bool int8_context, float q_scale,
-               float k_scale, float p_scale, float v_scale, bool first_only, const OutF& out_f,
-               const OutQ& out_q, float inv_scale) {
+void attention(const Level& level, const Matrix<const T>& qkv, const Vector<const int32_t>& cu,
+               long heads, const Maybe<Cube<const float>>& bias, bool int8_scores,
+               bool int8_context, float q_scale, float k_scale, float p_scale, float v_scale,
+               bool first_only, const OutF& out_f, const OutQ& out_q, float inv_scale) {
   constexpr bool kQuantized = std::is_same_v<T, uint8_t>;
   Attention a;
   const long rows = size(qkv, 0), width = size(qkv, 1), sequences = size(cu, 0) - 1;
@@ -301,7 +303,8 @@ void attention(const Level& level, const Matrix<const T>& qkv, const Vector<cons
   a.first_only = first_only;
   a.out = row_out(out_f, out_q, inv_scale, {}, first_only ? sequences : rows, width / 3);
   const size_t need = (level.attention_scratch(a.head_dim, most) + 63) / 64 * 64;
-  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, need + 64), &std::free);
+  std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, need + 64),
+                                                      &std::free);
   if (scratch == nullptr) throw std::bad_alloc();
   nb::gil_scoped_release release;
   for (long i = 0; i < sequences; ++i)
@@ -335,8 +338,8 @@ void bind_attention(C& level) {
   level.def("attention", &attention<T>, ARG("qkv"), ARG("cu_seqlens"), nb::arg("heads"),
             MAYBE("position_bias"), nb::arg("int8_scores") = false, nb::arg("int8_context") = false,
             nb::arg("q_scale") = 1.0f, nb::arg("k_scale") = 1.0f, nb::arg("p_scale") = 1.0f,
-            nb::arg("v_scale") = 1.0f, nb::arg("first_only") = false, MAYBE("out_f"), MAYBE("out_q"),
-            nb::arg("inv_scale") = 1.0f);
+            nb::arg("v_scale") = 1.0f, nb::arg("first_only") = false, MAYBE("out_f"),
+            MAYBE("out_q"), nb::arg("inv_scale") = 1.0f);
 }
 
 }  // namespace
@@ -359,9 +362,9 @@ void bind_ops(nb::module_& m) {
   level.def("add_layernorm", &add_layernorm, ARG("x"), MAYBE("residual"), ARG("gamma"), ARG("beta"),
             nb::arg("eps"), MAYBE("out_f"), MAYBE("out_q"), nb::arg("inv_scale") = 1.0f,
             MAYBE("token_scale"));
-  level.def("embed", &embed, ARG("ids"), ARG("types"), ARG("positions"), ARG("word"), ARG("position"),
-            ARG("type"), ARG("gamma"), ARG("beta"), nb::arg("eps"), MAYBE("out_f"), MAYBE("out_q"),
-            nb::arg("inv_scale") = 1.0f, MAYBE("token_scale"));
+  level.def("embed", &embed, ARG("ids"), ARG("types"), ARG("positions"), ARG("word"),
+            ARG("position"), ARG("type"), ARG("gamma"), ARG("beta"), nb::arg("eps"), MAYBE("out_f"),
+            MAYBE("out_q"), nb::arg("inv_scale") = 1.0f, MAYBE("token_scale"));
   level.def("quantize", &quantize, ARG("x"), ARG("out_q"), nb::arg("inv_scale") = 1.0f,
             MAYBE("token_scale"));
   bind_attention<float>(level);

@@ -1,5 +1,6 @@
-// A weight in the layout of one level, in memory of its own: 64-byte aligned, on huge pages where the
-// system gives them, since a small batch is bound by reading weights and a TLB miss a page shows.
+// A weight in the layout of one level, in memory of its own: 64-byte aligned, on huge pages where
+// the system gives them, since a small batch is bound by reading weights and a TLB miss a page
+// shows.
 #pragma once
 
 #include <cstdlib>

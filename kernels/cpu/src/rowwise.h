@@ -63,21 +63,21 @@ SAMP_INLINE vf4 reduce4(const vf* x) {
 
 // Runs the statement for every vector: n elements at i, n being a constant, W, but at the end; j
 // (0 to 3) tells independent accumulators apart, which hide the latency of an addition.
-#define SAMP_EACH_VECTOR(width, ...)                     \
-  {                                                      \
-    long i = 0;                                          \
-    for (; i + 4 * W <= (width);) {                      \
-      constexpr int n = W;                               \
+#define SAMP_EACH_VECTOR(width, ...)                                              \
+  {                                                                               \
+    long i = 0;                                                                   \
+    for (; i + 4 * W <= (width);) {                                               \
+      constexpr int n = W;                                                        \
       _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j, i += W) { __VA_ARGS__ } \
-    }                                                    \
-    constexpr int j = 0;                                 \
-    for (; i + W <= (width); i += W) {                   \
-      constexpr int n = W;                               \
-      __VA_ARGS__                                        \
-    }                                                    \
-    if (const int n = (int)((width) - i); n > 0) {       \
-      __VA_ARGS__                                        \
-    }                                                    \
+    }                                                                             \
+    constexpr int j = 0;                                                          \
+    for (; i + W <= (width); i += W) {                                            \
+      constexpr int n = W;                                                        \
+      __VA_ARGS__                                                                 \
+    }                                                                             \
+    if (const int n = (int)((width) - i); n > 0) {                                \
+      __VA_ARGS__                                                                 \
+    }                                                                             \
   }
 
 SAMP_INLINE vi lane_index() {
@@ -166,9 +166,9 @@ SAMP_INLINE void layernorm_rows(const Term& term, const LayerNormW& ln, long wid
 }
 
 // kRows rows of floats on the stack, whole vectors, aligned. A row is a model's width: a few KB.
-#define SAMP_ROW_BUFFER(width)                                                                   \
-  (float*)__builtin_alloca_with_align(                                                           \
-      (size_t)(((width) + W - 1) / W * W * kRows) * sizeof(float), 512)
+#define SAMP_ROW_BUFFER(width)                                                                     \
+  (float*)__builtin_alloca_with_align((size_t)(((width) + W - 1) / W * W * kRows) * sizeof(float), \
+                                      512)
 #define SAMP_TERM [&](long r, int t) __attribute__((always_inline))
 
 static void add_layernorm(const AddLayerNorm& op, long row0, long row1) {
@@ -199,8 +199,7 @@ static void embed(const Embed& op, long row0, long row1) {
 }
 
 static void quantize(const Quantize& op, long row0, long row1) {
-  for (long row = row0; row < row1; ++row)
-    quantize_to(op.out, op.x + row * op.ld_x, op.width, row);
+  for (long row = row0; row < row1; ++row) quantize_to(op.out, op.x + row * op.ld_x, op.width, row);
 }
 
 // out = mean of rows [begin, end): a block of columns stays in registers, rows are added in order.

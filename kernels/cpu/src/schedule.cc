@@ -8,23 +8,24 @@
 namespace samp {
 namespace {
 
-// Rows that go through a layer together: their intermediates stay in L2, and a panel of weights that
-// was fetched once is used for all of them. A multiple of every level's tile height.
+// Rows that go through a layer together: their intermediates stay in L2, and a panel of weights
+// that was fetched once is used for all of them. A multiple of every level's tile height.
 constexpr long kBlock = 96;
 // Below this many rows a thread, weights are split over threads instead of rows.
 constexpr long kSplitRows = 24;
 
 }  // namespace
 
-// Three ways to spread a pass over threads. Many rows in several sequences: whole sequences, so that
-// threads never meet. Few long sequences: rows between attentions, then heads. Few rows: the columns
-// of each weight, since reading weights is what takes the time. One thread: the first.
+// Three ways to spread a pass over threads. Many rows in several sequences: whole sequences, so
+// that threads never meet. Few long sequences: rows between attentions, then heads. Few rows: the
+// columns of each weight, since reading weights is what takes the time. One thread: the first.
 void Encoder::plan(Pass& pass) {
   const Input& in = pass.in;
   const long threads = team_.threads();
   const int last = static_cast<int>(shape_.layers) - 1;
   long longest = 0;
-  for (long i = 0; i < in.sequences; ++i) longest = std::max<long>(longest, in.cu[i + 1] - in.cu[i]);
+  for (long i = 0; i < in.sequences; ++i)
+    longest = std::max<long>(longest, in.cu[i + 1] - in.cu[i]);
   const size_t scratch = level_->attention_scratch(shape_.hidden / shape_.heads, longest);
   for (size_t t = 0; t < scratch_.size(); ++t)
     if (scratch_bytes_[t] < scratch) {
@@ -122,7 +123,9 @@ void Encoder::step(Pass& pass, int index, int task, int thread) {
   const Layer& layer = layers[static_cast<size_t>(l)];
   const bool first = pass.output == Output::first && l + 1 == shape_.layers;
   const Span rows = part(phase.count, parts, task);
-  auto panels = [&](const Site& site) { return part(ceil_div(site.n, level_->panel), parts, task); };
+  auto panels = [&](const Site& site) {
+    return part(ceil_div(site.n, level_->panel), parts, task);
+  };
   switch (phase.kind) {
     case Kind::blocks: return block(pass, task, thread);
     case Kind::embed: return embed(pass.in, *phase.rows, rows.first, rows.last, thread);

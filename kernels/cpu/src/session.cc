@@ -24,7 +24,8 @@ using I1 = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu
 
 std::vector<float> floats(const F1& x, long n, const char* name) {
   if (static_cast<long>(x.shape(0)) != n)
-    refuse(std::string(name) + ": " + std::to_string(x.shape(0)) + " values; wanted " + std::to_string(n));
+    refuse(std::string(name) + ": " + std::to_string(x.shape(0)) + " values; wanted " +
+           std::to_string(n));
   return {x.data(), x.data() + n};
 }
 
@@ -64,8 +65,8 @@ class Session {
   }
 
   // input_scale: of a static int8 site; 0: a scale for each token; < 0: fp32.
-  void set_gemm(long layer, const std::string& which, nb::object packed, F1 bias,
-                F1 weight_scale, float input_scale, I1 outliers, F1 outlier_weight) {
+  void set_gemm(long layer, const std::string& which, nb::object packed, F1 bias, F1 weight_scale,
+                float input_scale, I1 outliers, F1 outlier_weight) {
     const Packed& weight = nb::cast<const Packed&>(packed);
     Site site;
     site.packed = weight.data;
@@ -126,7 +127,8 @@ class Session {
     Encoder& e = encoder();
     const long tokens = static_cast<long>(ids.shape(0));
     const long sequences = static_cast<long>(cu.shape(0)) - 1;
-    if (static_cast<long>(types.shape(0)) != tokens || static_cast<long>(positions.shape(0)) != tokens)
+    if (static_cast<long>(types.shape(0)) != tokens ||
+        static_cast<long>(positions.shape(0)) != tokens)
       refuse("ids, types and positions of different lengths");
     if (sequences < 1 || cu.data()[0] != 0 || cu.data()[sequences] != tokens)
       refuse("cu_seqlens that do not run from 0 to " + std::to_string(tokens));
@@ -192,11 +194,13 @@ class Session {
 void bind_session(nb::module_& m) {
   nb::class_<Session>(m, "Session")
       .def("__init__",
-           [](Session* self, const Level& level, long layers, long hidden, long heads, long ffn, int act, float eps,
-              int threads) {
-             if (layers < 1 || heads < 1 || hidden < heads || hidden % heads || hidden % 4 || ffn % 4)
-               refuse("hidden " + std::to_string(hidden) + ", heads " + std::to_string(heads) + ", ffn " +
-                      std::to_string(ffn) + "; wanted multiples of 4, hidden a multiple of heads");
+           [](Session* self, const Level& level, long layers, long hidden, long heads, long ffn,
+              int act, float eps, int threads) {
+             if (layers < 1 || heads < 1 || hidden < heads || hidden % heads || hidden % 4 ||
+                 ffn % 4)
+               refuse("hidden " + std::to_string(hidden) + ", heads " + std::to_string(heads) +
+                      ", ffn " + std::to_string(ffn) +
+                      "; wanted multiples of 4, hidden a multiple of heads");
              new (self) Session(&level, layers, hidden, heads, ffn, act, eps, threads);
            })
       .def("set_embeddings", &Session::set_embeddings)

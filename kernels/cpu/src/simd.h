@@ -196,8 +196,7 @@ SAMP_INLINE vi dot4(vi acc, vi a, vi b) {
   __m128i b1 = _mm_srai_epi16((__m128i)b, 8);
   return acc + (vi)_mm_madd_epi16(a0, b0) + (vi)_mm_madd_epi16(a1, b1);
 #else
-  for (int j = 0; j < 4; ++j)
-    acc += ((a >> (8 * j)) & 255) * ((vi)((vi)b << (24 - 8 * j)) >> 24);
+  for (int j = 0; j < 4; ++j) acc += ((a >> (8 * j)) & 255) * ((vi)((vi)b << (24 - 8 * j)) >> 24);
   return acc;
 #endif
 }

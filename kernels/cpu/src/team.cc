@@ -39,7 +39,8 @@ void sleep_on(std::atomic<int>& value, int seen) {
 
 void wake_all(std::atomic<int>& value) {
 #if defined(__linux__)
-  syscall(SYS_futex, reinterpret_cast<int*>(&value), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<int*>(&value), FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr,
+          0);
 #else
   (void)value;
 #endif

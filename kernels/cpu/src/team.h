@@ -1,7 +1,7 @@
-// A team of threads that walks a list of phases together. A phase is a number of tasks that any thread
-// may take; it is over when all its tasks are done. Nothing waits for a thread that took no task: a
-// worker that is asleep or off its core costs its help, never the pass. Workers spin for a few
-// microseconds for the next pass and then sleep, so that other processes have the core.
+// A team of threads that walks a list of phases together. A phase is a number of tasks that any
+// thread may take; it is over when all its tasks are done. Nothing waits for a thread that took no
+// task: a worker that is asleep or off its core costs its help, never the pass. Workers spin for a
+// few microseconds for the next pass and then sleep, so that other processes have the core.
 #pragma once
 
 #include <atomic>
