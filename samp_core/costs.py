@@ -8,6 +8,7 @@ the table is one of edges: edge i leads from node i to node i + 1, with a matrix
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from samp_core.latency import Bucket
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench, device
 
-ROUNDS = {"1": 24, "8": 12, "32": 6}
+ROUNDS = {"1": 60, "8": 16, "32": 6}
 
 Choice = tuple[int, ...]
 Edges = tuple[tuple[tuple[float, ...], ...], ...]
@@ -150,8 +151,8 @@ def _stamp(
 ) -> tuple[list[list[float]], list[float]]:
     """Median milliseconds of every node of each session, what leads in first, and of the pass.
 
-    The sessions take turns in a shuffled order; each turn runs once unmeasured first. The pass is
-    the one with the stamps, and the head's own time.
+    The sessions take turns in a shuffled order; each turn runs once unmeasured first and is the
+    fastest of three passes, as in latency.measure. A pass is the one with the stamps, and the head.
     """
     place = {"embeddings": 0}
     for index, node in enumerate(nodes, start=1):
@@ -164,16 +165,20 @@ def _stamp(
         for index in generator.permutation(len(sessions)).tolist():
             session: Any = sessions[index]
             feature = session.run(bucket.batch, output=output)
+            fastest, stamped = math.inf, []
             for _ in range(3):
                 begin = time.perf_counter()
                 head.logits(bench.head_weights, feature)
-                stamped = session.profile(bucket.batch, output)
-                whole[index].append((time.perf_counter() - begin) * 1e3)
-                times = [0.0] * (len(nodes) + 1)
-                for _, site, seconds in stamped:
-                    if site in place:
-                        times[place[site]] += seconds * 1e3
-                stamps[index].append(times)
+                found = session.profile(bucket.batch, output)
+                taken = (time.perf_counter() - begin) * 1e3
+                if taken < fastest:
+                    fastest, stamped = taken, found
+            times = [0.0] * (len(nodes) + 1)
+            for _, site, seconds in stamped:
+                if site in place:
+                    times[place[site]] += seconds * 1e3
+            whole[index].append(fastest)
+            stamps[index].append(times)
         progress()
     medians = [np.median(np.array(rows), axis=0).tolist() for rows in stamps]
     return medians, [float(np.median(values)) for values in whole]
