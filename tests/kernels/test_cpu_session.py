@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -153,6 +155,30 @@ def test_alone_and_in_a_batch_bit_for_bit(
         one = pack_batch([batch.ids[rows]], [batch.types[rows]])
         part = together[rows] if output == "tokens" else together[i : i + 1]
         np.testing.assert_array_equal(session.run(one, output=output), part)
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing())
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_a_worker_does_not_stay_on_the_callers_core() -> None:
+    """The scheduler may wake it there again and again, where it gets no turn before the end."""
+    config, tensors, plan = encoder("head 32")
+    here = ctypes.CDLL(None).sched_getcpu
+    before = set(os.listdir("/proc/self/task"))
+    session = prepare(backend(best()), config, tensors, plan, threads=2)
+    session.run(batch_of([9]))
+    (worker,) = (int(name) for name in set(os.listdir("/proc/self/task")) - before)
+    moved = 0
+    for _ in range(40):
+        pinned = {here()}
+        os.sched_setaffinity(worker, pinned)
+        for _ in range(3):  # it runs there, sleeps there, and is told apart before it is woken
+            session.run(batch_of([9] * 20))
+            time.sleep(0.002)
+        found = os.sched_getaffinity(worker)
+        moved += not found & pinned
+        assert found == pinned or found == os.sched_getaffinity(0) - pinned
+    assert moved
+    session.close()
 
 
 @every_level

@@ -1,5 +1,10 @@
 #include "team.h"
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
 #include <chrono>
 
 #if defined(__linux__)
@@ -46,11 +51,20 @@ void wake_all(std::atomic<int>& value) {
 #endif
 }
 
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 constexpr auto kSpin = std::chrono::microseconds(50);
 
 }  // namespace
 
-Team::Team(int threads) {
+Team::Team(int threads) : last_cpu_(new std::atomic<int>[threads > 1 ? threads : 1]) {
+  for (int i = 0; i < (threads > 1 ? threads : 1); ++i) last_cpu_[i].store(-1);
   for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::serve, this, i);
 }
 
@@ -84,6 +98,7 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
   open_.store(true);
   epoch_.fetch_add(1);
   if (sleepers_.load() > 0) {
+    part(current_cpu());
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
@@ -95,6 +110,22 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
       pause();
     else
       sleep_on(inside_, inside);
+}
+
+// A sleeper that last ran on the caller's core would be woken there and, where no idle core shares
+// its cache, wait behind the whole pass: it may run on any other allowed core instead.
+void Team::part(int cpu) {
+#if defined(__linux__)
+  if (cpu < 0) return;
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    if (last_cpu_[i + 1].load() != cpu) continue;
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
+    CPU_CLR(cpu, &allowed);
+    pthread_setaffinity_np(workers_[i].native_handle(), sizeof allowed, &allowed);
+    last_cpu_[i + 1].store(-1);
+  }
+#endif
 }
 
 // For the tasks that other threads took: briefly awake, then asleep.
@@ -138,6 +169,7 @@ void Team::serve(int thread) {
     } while (!fresh && std::chrono::steady_clock::now() < until);
     if (!fresh) {
       std::unique_lock<std::mutex> lock(mutex_);
+      last_cpu_[thread].store(current_cpu());
       sleepers_.fetch_add(1);
       wake_.wait(lock, [&] { return epoch_.load() != seen; });
       sleepers_.fetch_sub(1);

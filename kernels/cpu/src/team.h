@@ -36,9 +36,11 @@ class Team {
   static void wait(Slot& slot, int total);
 
   void walk(int thread);
+  void part(int cpu);
   void serve(int thread);
 
   std::vector<std::thread> workers_;
+  std::unique_ptr<std::atomic<int>[]> last_cpu_;
   std::unique_ptr<Slot[]> slots_;
   size_t capacity_ = 0;
   const std::vector<int>* tasks_ = nullptr;
