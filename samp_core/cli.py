@@ -63,7 +63,7 @@ def build(
         str | None, typer.Option(help="milp (default), samp, greedy or lower-loss.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Most time for a build: 90s, 10m (default), 1h.")
+        str | None, typer.Option(help="About how long a build may take: 90s, 10m (default), 1h.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -27,11 +27,11 @@ from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench
 
-LOOKS = 16
+LOOKS = 20
 """Plans of the staircase that are run over the search split."""
 SENSITIVITY = 0.6
 """Share of the time left that measuring sites may take; the rest is for looking at plans."""
-SHARES = (1.0, 0.7, 0.4)
+SHARES = (1.0, 0.85, 0.7, 0.4)
 """Parts of a promise that the predicted bounds of its candidates shall reach."""
 
 
