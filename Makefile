@@ -101,7 +101,7 @@ format: $(VENV)/.ok ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i kernels/cpu/src/*
 
-bench: demo-checkpoint peers ## every benchmark (a quiet machine, 45 minutes)
+bench: demo-checkpoint peers ## every benchmark (a quiet machine, about an hour)
 	@$(BIN)/python benchmarks/encoder.py
 	@$(BIN)/python benchmarks/served_encoder.py
 	@$(BIN)/python benchmarks/serving.py

@@ -56,10 +56,16 @@ def main() -> None:
     run = Run(options, backend, threads, found, pace)
     run.not_run += refused.values()
     bystanders = machine.Bystanders(())
-    for name, wanted in rows_of.items():
-        run.model(name, wanted)
+    stopped = False
+    try:
+        for name, wanted in rows_of.items():
+            run.model(name, wanted)
+    except KeyboardInterrupt:
+        stopped = True
+        run.not_run.append("the rows that are missing: stopped by hand")
     others = bystanders.share()
-    whole = rows_of == {name: list(rows) for name, rows in ROWS.items()} and not options.quick
+    every = {name: list(rows) for name, rows in ROWS.items()}
+    whole = rows_of == every and not options.quick and not stopped
     folder = options.results or (machine.RESULTS if whole else store.FOLDER / "results")
     path = machine.write_result(
         "encoder",
@@ -184,9 +190,16 @@ class Run:
                 self.not_run.append(f"{line} {figures['cosine']:.4f} to the reference")
                 kept.remove(one)
         measure(kept, self.pace, sum(inputs.lengths), step)
-        self.rows += encoder_rows.encoder_rows(
+        made = encoder_rows.encoder_rows(
             model, inputs, kept, left_out, agreements, self.found[self.threads]
         )
+        self.rows += made
+        for row in made:
+            best = min((v["median"] for k, v in row.items() if _peer_int8(k) and v), default=None)
+            line = (
+                f"{model.name} {inputs.name} {row['precision']}: {row['ours_ms']['median']:.2f} ms"
+            )
+            CONSOLE.print(line + (f", best int8 peer {best:.2f} ms" if best else ""))
 
     def ours(self, sessions: dict[str, Session], inputs: Inputs) -> Iterator[Contender]:
         batch = inputs.batch()
@@ -228,6 +241,10 @@ class Run:
         CONSOLE.print(f"bench: {model.name}: fresh processes")
         figures = footprint.measure(folder, self.threads, ids, 2 if self.options.quick else 7)
         self.rows.append(encoder_rows.footprint_row(model.name, "int8", figures))
+
+
+def _peer_int8(field: str) -> bool:
+    return field.endswith("int8_ms") and field != "ours_ms"
 
 
 def backend_name(backend: Backend) -> str:
