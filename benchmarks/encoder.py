@@ -90,12 +90,7 @@ def main() -> None:
     print(f"limits of {threads} threads: int8 {gops:.0f} GOP/s, memory {gbps:.1f} GB/s")
     for line in run.not_run:
         print(f"not run: {line}")
-    if others > machine.OTHERS:
-        CONSOLE.print(
-            f"bench: others used {others:.0%} of the machine meanwhile (allowed: "
-            f"{machine.OTHERS:.0%}); these figures are not to be quoted: run it again"
-        )
-    print(f"written to {os.path.relpath(path)}")
+    machine.report(path, others)
 
 
 class Run:
@@ -195,7 +190,9 @@ class Run:
         )
         self.rows += made
         for row in made:
-            best = min((v["median"] for k, v in row.items() if _peer_int8(k) and v), default=None)
+            best = min(
+                (v["median"] for k, v in row.items() if k.endswith("_int8_ms") and v), default=None
+            )
             line = (
                 f"{model.name} {inputs.name} {row['precision']}: {row['ours_ms']['median']:.2f} ms"
             )
@@ -241,10 +238,6 @@ class Run:
         CONSOLE.print(f"bench: {model.name}: fresh processes")
         figures = footprint.measure(folder, self.threads, ids, 2 if self.options.quick else 7)
         self.rows.append(encoder_rows.footprint_row(model.name, "int8", figures))
-
-
-def _peer_int8(field: str) -> bool:
-    return field.endswith("int8_ms") and field != "ours_ms"
 
 
 def backend_name(backend: Backend) -> str:

@@ -140,3 +140,14 @@ def write_result(
     temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+def report(path: Path, others: float) -> None:
+    """Where a result was written; and if others used too much of the machine meanwhile, that."""
+    if others > OTHERS:
+        print(
+            f"bench: others used {others:.0%} of the machine meanwhile (allowed: {OTHERS:.0%}); "
+            "these figures are not to be quoted: run it again",
+            file=sys.stderr,
+        )
+    print(f"written to {os.path.relpath(path)}")

@@ -418,12 +418,7 @@ def main() -> None:
         load_after=os.getloadavg(),
     )
     show(rows, Console(width=None if sys.stdout.isatty() else 220))
-    if others > machine.OTHERS:
-        CONSOLE.print(
-            f"bench: others used {others:.0%} of the machine meanwhile (allowed: "
-            f"{machine.OTHERS:.0%}); these figures are not to be quoted: run it again"
-        )
-    print(f"written to {os.path.relpath(path)}")
+    machine.report(path, others)
 
 
 if __name__ == "__main__":

@@ -361,12 +361,7 @@ def main() -> None:
         gop_a_text=round(gop, 4),
     )
     show(rows, alone)
-    if others > machine.OTHERS:
-        CONSOLE.print(
-            f"bench: others used {others:.0%} of the machine meanwhile (allowed: "
-            f"{machine.OTHERS:.0%}); these figures are not to be quoted: run it again"
-        )
-    print(f"written to {os.path.relpath(path)}")
+    machine.report(path, others)
 
 
 if __name__ == "__main__":

@@ -82,3 +82,10 @@ def choice_of(plan: Plan, nodes: Sequence[Node]) -> tuple[int, ...]:
             raise ValueError(f"{node.name}: {wanted} is none of {node.precisions}")
         chosen.append(found[0])
     return tuple(chosen)
+
+
+def path_cost(edges: Sequence[Sequence[Sequence[float]]], choice: Sequence[int]) -> float:
+    """What the edges of a choice add up to, from the single start to the single end."""
+    path = (0, *choice, 0)
+    steps = zip(edges, path[:-1], path[1:], strict=True)
+    return float(sum(edge[before][after] for edge, before, after in steps))

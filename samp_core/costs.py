@@ -18,7 +18,7 @@ import numpy as np
 from samp_kernels.interface import Session
 
 from samp_core import latency
-from samp_core.chain import Node, plan_of
+from samp_core.chain import Node, path_cost, plan_of
 from samp_core.latency import Bucket
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench, device
@@ -42,9 +42,7 @@ class CostTable:
 
     def total(self, choice: Sequence[int], bucket: str) -> float:
         """Modelled milliseconds of one pass."""
-        path = (0, *choice, 0)
-        steps = zip(self.edges[bucket], path[:-1], path[1:], strict=True)
-        return self.base_ms[bucket] + sum(edge[before][after] for edge, before, after in steps)
+        return self.base_ms[bucket] + path_cost(self.edges[bucket], choice)
 
     def weighted(self, mix: Mapping[str, float]) -> Edges:
         """One table of edges for a mix of buckets."""

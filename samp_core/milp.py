@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from samp_core.chain import path_cost
 from samp_core.errors import SampError
 
 Edges = Sequence[Sequence[Sequence[float]]]
@@ -92,14 +93,7 @@ def solve(edges: Edges, losses: Losses, budget: float) -> Solution:
         int(np.flatnonzero(taken[starts[i] : starts[i + 1]])[0]) % after
         for i, (_, after) in enumerate(shapes[:-1])
     )
-    return Solution(choice, total(edges, choice), lost(losses, choice))
-
-
-def total(edges: Edges, choice: Sequence[int]) -> float:
-    """The cost of a path."""
-    path = (0, *choice, 0)
-    steps = zip(edges, path[:-1], path[1:], strict=True)
-    return float(sum(edge[before][after] for edge, before, after in steps))
+    return Solution(choice, path_cost(edges, choice), lost(losses, choice))
 
 
 def lost(losses: Losses, choice: Sequence[int]) -> float:

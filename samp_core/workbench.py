@@ -263,9 +263,6 @@ def forwards() -> int:
     return encoder.FORWARDS
 
 
-kl_divergence = heads.softmax_divergence
-
-
 def recipes(calibrator: str, percent: float) -> Sequence[Recipe]:
     """The recipes to try; `auto` compares them on the search split."""
     minmax = Recipe(calibrator="minmax")

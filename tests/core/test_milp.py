@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from samp_core import milp
+from samp_core.chain import path_cost
 from samp_core.errors import SampError
 
 Instance = tuple[list[list[list[float]]], list[list[float]]]
@@ -44,13 +45,13 @@ def test_no_path_within_the_budget_is_cheaper(instance: Instance, share: float) 
     budget = share * sum(max(options) for options in losses)
     found = milp.solve(edges, losses, budget)
     allowed = [p for p in paths(losses) if milp.lost(losses, p) <= budget]
-    best = min(milp.total(edges, p) for p in allowed)
+    best = min(path_cost(edges, p) for p in allowed)
     assert found.loss <= budget * (1 + 1e-6)
-    assert found.cost == milp.total(edges, found.choice)
+    assert found.cost == path_cost(edges, found.choice)
     assert found.cost <= best + 1e-6
     # Never cheaper either, but by a loss that only rounding puts above the budget.
     rounded = [p for p in paths(losses) if milp.lost(losses, p) <= budget * (1 + 1e-6)]
-    assert found.cost >= min(milp.total(edges, p) for p in rounded) - 1e-6
+    assert found.cost >= min(path_cost(edges, p) for p in rounded) - 1e-6
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,13 +64,11 @@ def test_the_staircase_descends_and_ends_at_the_cheapest(instance: Instance) -> 
         assert fast.cost < safe.cost
         assert fast.loss > safe.loss
     assert stairs[-1].cost == pytest.approx(
-        min(milp.total(edges, p) for p in paths(losses)), abs=1e-6
+        min(path_cost(edges, p) for p in paths(losses)), abs=1e-6
     )
     # Each is the cheapest of all paths that lose no more.
     for step in stairs:
-        least = min(
-            milp.total(edges, p) for p in paths(losses) if milp.lost(losses, p) <= step.loss
-        )
+        least = min(path_cost(edges, p) for p in paths(losses) if milp.lost(losses, p) <= step.loss)
         assert step.cost == pytest.approx(least, abs=1e-6)
 
 

@@ -21,11 +21,12 @@ from samp_core.chain import Node, chain, plan_of
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import load_config
 from samp_core.evaluate import spearman
+from samp_core.heads import softmax_divergence
 from samp_core.pipeline import batches
 from samp_core.plan import Plan, Recipe
 from samp_core.quantize import quantize_weight
 from samp_core.sensitivity import Score, cheap_scores, estimated, even_share, measured_kl, with_kl
-from samp_core.workbench import Split, Workbench, kl_divergence, silent
+from samp_core.workbench import Split, Workbench, silent
 
 
 class Case:
@@ -82,7 +83,7 @@ def test_kl_of_one_site_is_that_of_whole_passes(case: Case) -> None:
     found = measured_kl(case.bench, case.base, case.nodes, case.split, names)
     reference = case.bench.logits(case.base, case.split, "")
     whole = {
-        name: kl_divergence(reference, case.bench.logits(case.alone(name), case.split, ""))
+        name: softmax_divergence(reference, case.bench.logits(case.alone(name), case.split, ""))
         for name in names
     }
     assert list(found) == names
