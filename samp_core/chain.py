@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from samp_core.plan import Plan, Recipe, SitePlan
+from samp_core.plan import Plan, Recipes, SitePlan, recipe_of
 
 FLOAT = SitePlan("fp32")
 
@@ -32,7 +32,7 @@ class Node:
         )
 
 
-def chain(layers: int, sites: Sequence[str], recipe: Recipe) -> tuple[Node, ...]:
+def chain(layers: int, sites: Sequence[str], recipe: Recipes) -> tuple[Node, ...]:
     """The nodes of an encoder; `sites` are the kinds that the backend can run in int8."""
     nodes = []
     for layer in range(layers):
@@ -46,13 +46,9 @@ def chain(layers: int, sites: Sequence[str], recipe: Recipe) -> tuple[Node, ...]
             full = tuple(f"layer.{layer}.{kind}" for kind in kinds)
             options: list[Mapping[str, SitePlan]] = [dict.fromkeys(full, FLOAT)]
             if any(kind in sites for kind in kinds):
-                # Attention multiplies activations: no channel is apart.
-                plain = replace(recipe, outliers=0)
                 options.append(
                     {
-                        site: SitePlan("int8", recipe if name == kind else plain)
-                        if kind in sites
-                        else FLOAT
+                        site: SitePlan("int8", recipe_of(recipe, site)) if kind in sites else FLOAT
                         for site, kind in zip(full, kinds, strict=True)
                     }
                 )

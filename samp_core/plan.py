@@ -18,6 +18,8 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range
 QUANTIZED = ("int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
 MOST_OUTLIERS = 64
+TOKEN_SITES = ("qkv", "ffn_in")
+"""Where an activation scale per token can be: elsewhere no op that writes it holds a whole row."""
 _RECIPE_WORDS = {
     "weight": ("channel", "tensor"),
     "activation": ("static", "token"),
@@ -37,6 +39,25 @@ class Recipe:
     rounding: str = "nearest"
     outliers: int = 0
     """Input channels of the largest magnitude, multiplied in fp32 beside the int8 product."""
+
+
+Recipes = Recipe | Mapping[str, Recipe]
+"""One recipe for every site, or one for each full site name."""
+
+
+def recipe_of(recipes: Recipes, site: str) -> Recipe:
+    """The recipe of a site, as that site can run it; Recipe() where a mapping is silent.
+
+    Attention multiplies activations, so that no channel is apart there; and a scale per token
+    exists only where a layer norm or the embedding writes the input (qkv, ffn_in).
+    """
+    recipe = recipes if isinstance(recipes, Recipe) else recipes.get(site, Recipe())
+    kind = site.rsplit(".", 1)[-1]
+    if kind not in GEMM_SITES:
+        recipe = replace(recipe, outliers=0)
+    if kind not in TOKEN_SITES:
+        recipe = replace(recipe, activation="static")
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -242,17 +263,16 @@ def mode_plan(
     kind: Literal["float", "ffn_only", "full"],
     k: int,
     sites: tuple[str, ...],
-    recipe: Recipe,
+    recipe: Recipes,
 ) -> Plan:
     """SAMP's mode: the first k layers quantized, FFN only or every site in `sites`.
 
     `sites` are the ones that the backend can quantize; `full(k)` means exactly those.
     """
     chosen = tuple(s for s in sites if s.startswith("ffn_")) if kind == "ffn_only" else sites
-    plain = replace(recipe, outliers=0)  # Attention multiplies activations: no channel is apart.
     plans = {
         f"layer.{layer}.{site}": (
-            SitePlan("int8", recipe if site in GEMM_SITES else plain)
+            SitePlan("int8", recipe_of(recipe, f"layer.{layer}.{site}"))
             if kind != "float" and layer < k and site in chosen
             else SitePlan("fp32")
         )

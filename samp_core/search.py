@@ -22,7 +22,7 @@ from samp_core.allocate import Candidate
 from samp_core.chain import Node, chain, choice_of, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
-from samp_core.plan import Plan, Recipe
+from samp_core.plan import Plan
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench
@@ -90,10 +90,8 @@ class Search:
         self._split, self._metric, self._n, self._clock = split, metric, rows_to_come, clock
         last = list(modes.values())[-1]
         self._base = replace(last, mode=None)
-        quantized = last.quantized_sites()
-        recipe = last.sites[quantized[0]].recipe if quantized else None
-        sites = bench.quantizable()
-        self.nodes: tuple[Node, ...] = chain(last.layers, sites, recipe or Recipe())
+        recipes = {site: entry.recipe for site, entry in last.sites.items() if entry.recipe}
+        self.nodes: tuple[Node, ...] = chain(last.layers, bench.quantizable(), recipes)
         self.scores: dict[str, Score] = {}
         self._by_key = {plan.key(): name for name, plan in modes.items()}
         self._found = Found({FLOAT: modes[FLOAT]}, {})
