@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.errors import SampError
 from samp_core.latency import SINGLE
+from samp_core.observed import observed
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
@@ -114,6 +116,13 @@ def build(
             "candidates": [asdict(c) for c in candidates.values()],
             "splits": split_facts(splits),
             "warnings": warnings,
+            "plans": {name: plans[name].summary() for name in candidates},
+            "tiers": {
+                name: {"plan": c.plan, "met": c.met, "ci95": list(measured[name].ci95)}
+                for name, c in choices.items()
+            },
+            "observed": observed(bench, served, search),
+            "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **({"search": found.record} if found.record else {}),
         }
         step = progress("write the model repository", 1)

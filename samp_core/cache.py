@@ -110,6 +110,7 @@ def code_sha256() -> str:
         "checkpoint",
         "encoder",
         "latency",
+        "observed",
         "order",
         "pipeline",
         "plan",

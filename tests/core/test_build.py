@@ -266,7 +266,10 @@ def test_the_written_build_is_whole(planted: Built) -> None:
     assert (planted.out / "current").readlink() == Path("builds", planted.folder.name)
     assert list(planted.out.rglob("*.partial")) == []
     record = planted.record
-    assert set(record) == {"config", "candidates", "splits", "warnings"}
+    assert set(record) == {
+        *("config", "candidates", "splits", "warnings"),
+        *("plans", "tiers", "observed", "made"),
+    }  # fmt: skip
     assert BuildConfig.model_validate(record["config"]) == planted.config
     assert [c["name"] for c in record["candidates"]] == list(MS)
 
