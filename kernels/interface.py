@@ -117,6 +117,8 @@ class EncoderConfig:
     eps: float
     act: Activation = "gelu"
     position_offset: int = 0
+    position_bias: bool = False
+    """Whether attention adds the tensor `position_bias`, [heads, 2 positions - 1]."""
 
     @property
     def head_dim(self) -> int:
@@ -205,9 +207,12 @@ class Backend(Protocol):
         scales: Mapping[str, float] | None = None,
         out: Out,
     ) -> Any:
-        """softmax(Q K^T / sqrt(d)) V inside each sequence; qkv [T, 3H] -> [T, H].
+        """softmax(Q K^T / sqrt(d) + bias) V inside each sequence; qkv [T, 3H] -> [T, H].
 
         `precisions` are those of `scores` and `context`; int8 reads the scales `q`, `k`, `p`, `v`.
+        `position_bias` [heads, 2 n - 1] depends on the distance alone: query i adds
+        position_bias[head, n - 1 + j - i] to the score of key j, in float whatever the precision.
+        No sequence is longer than n. One row of it serves a query as it lies.
         """
         ...
 
@@ -288,8 +293,8 @@ def check_kept(x: QTensor, outliers: int) -> None:
         raise KernelError("gemm", f"kept {shape}", f"kept [{x.shape[0]}, {outliers}]")
 
 
-def check_attention(qkv: Any, cu_seqlens: I32, heads: int) -> None:
-    """Packed rows against their bounds and heads. Raises KernelError."""
+def check_attention(qkv: Any, cu_seqlens: I32, heads: int, position_bias: Any = None) -> None:
+    """Packed rows against their bounds, heads and biases. Raises KernelError."""
     tokens, width = qkv.shape
     if heads < 1 or width % (3 * heads):
         raise KernelError("attention", f"qkv [{tokens}, {width}], {heads} heads", "[T, 3 heads d]")
@@ -297,6 +302,24 @@ def check_attention(qkv: Any, cu_seqlens: I32, heads: int) -> None:
     rises = all(begin < end for begin, end in itertools.pairwise(bounds))
     if bounds[0] != 0 or bounds[-1] > tokens or not rises:
         raise KernelError("attention", f"cu_seqlens {bounds}", f"rising from 0, at most {tokens}")
+    if position_bias is not None:
+        shape = tuple(position_bias.shape)
+        longest = max(end - begin for begin, end in itertools.pairwise(bounds))
+        if len(shape) != 2 or shape[0] != heads or shape[1] % 2 != 1 or shape[1] < 2 * longest - 1:
+            allowed = f"[{heads}, 2 n - 1], n at least {longest}, the longest sequence"
+            raise KernelError("attention", f"position_bias {list(shape)}", allowed)
+
+
+def position_bias_of(config: EncoderConfig, tensors: Mapping[str, Array]) -> Array | None:
+    """The tensor `position_bias` of an encoder that has one. Raises KernelError."""
+    if not config.position_bias:
+        return None
+    wanted = (config.heads, 2 * config.positions - 1)
+    bias = tensors.get("position_bias")
+    if bias is None or bias.shape != wanted:
+        got = "no position_bias" if bias is None else f"position_bias {list(bias.shape)}"
+        raise KernelError("prepare", got, f"position_bias {list(wanted)}")
+    return bias
 
 
 def check_embedding(ids: I32, types: I32, positions: I32, tables: EmbeddingTables) -> None:

@@ -200,7 +200,7 @@ class OneDnnBackend:
         """Neighbours of equal length share one call, so a caller sorts sequences by length."""
         if precisions != ("fp32", "fp32"):
             raise UnsupportedPrecision("attention", " and ".join(precisions), "fp32 and fp32")
-        check_attention(qkv, cu_seqlens, heads)
+        check_attention(qkv, cu_seqlens, heads, position_bias)
         self.ran = precisions
         width = qkv.shape[1]
         hidden = width // 3
@@ -211,7 +211,7 @@ class OneDnnBackend:
             end = begin + count * length
             rows = qkv[begin:end].view(count, length, 3, heads, dim)
             q, k, v = rows.permute(2, 0, 3, 1, 4).unbind(0)
-            bias = None if position_bias is None else position_bias[:, :length, :length]
+            bias = None if position_bias is None else _by_place(position_bias, length)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
             pieces.append(y.transpose(1, 2).reshape(count * length, hidden))
             begin = end
@@ -247,6 +247,14 @@ class OneDnnBackend:
 
     def to_host(self, x: Any) -> Array:
         return np.asarray(x.numpy())
+
+
+def _by_place(position_bias: torch.Tensor, length: int) -> torch.Tensor:
+    """[heads, 2 n - 1] by distance -> [heads, length, length] by query and key."""
+    middle = position_bias.shape[1] // 2
+    near = position_bias[:, middle + 1 - length : middle + length]
+    # Query i's row begins at length - 1 - i.
+    return near.unfold(1, length, 1).flip(1)
 
 
 def equal_runs(cu_seqlens: Array) -> list[tuple[int, int]]:

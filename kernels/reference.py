@@ -115,7 +115,7 @@ class ReferenceBackend:
     ) -> Any:
         for precision in precisions:
             _require("attention", precision)
-        check_attention(qkv, cu_seqlens, heads)
+        check_attention(qkv, cu_seqlens, heads, position_bias)
         tokens, width = qkv.shape
         hidden = width // 3
         dim = hidden // heads
@@ -126,7 +126,9 @@ class ReferenceBackend:
             scores = _product(q, k.transpose(0, 2, 1), precisions[0], scales, "q", "k")
             scores = scores / np.sqrt(dim)
             if position_bias is not None:
-                scores = scores + position_bias[:, :length, :length]
+                place = np.arange(length)
+                middle = position_bias.shape[1] // 2
+                scores = scores + position_bias[:, middle + place[None] - place[:, None]]
             p = softmax(scores)
             context = _product(p, v, precisions[1], scales, "p", "v")
             result[begin:end] = context.transpose(1, 0, 2).reshape(length, hidden)

@@ -13,8 +13,7 @@ import numpy as np
 from samp_kernels.interface import Activation, Array, EncoderConfig
 
 from samp_core.errors import SampError
-
-FAMILIES = ("bert",)
+from samp_core.families import FAMILIES, position_bias
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -23,16 +22,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "relu": "relu",
-}
-
-# Our name of a site's matrix -> BERT's names of the matrices that are stacked into it.
-_BERT_LAYER = {
-    "qkv": tuple(f"attention.self.{name}" for name in ("query", "key", "value")),
-    "out": ("attention.output.dense",),
-    "ffn_in": ("intermediate.dense",),
-    "ffn_out": ("output.dense",),
-    "attention_ln": ("attention.output.LayerNorm",),
-    "output_ln": ("output.LayerNorm",),
 }
 
 
@@ -82,7 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     config = encoder_config(hf, folder)
     files = _weight_files(folder)
     state = dict(_read_state(files))
-    tensors = _bert_tensors(state, config, folder)
+    tensors = _tensors(state, config, hf, folder)
     digest = hashlib.sha256(json.dumps(hf, sort_keys=True).encode())
     for file in files:
         with file.open("rb") as stream:
@@ -95,36 +84,39 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
     """config.json -> EncoderConfig. Raises SampError for another architecture."""
-    family = hf.get("model_type")
-    if family not in FAMILIES:
+    name = str(hf.get("model_type"))
+    family = FAMILIES.get(name)
+    if family is None:
         raise SampError(
             "unsupported_architecture",
-            f"{folder}: model_type {family!r} (architectures {hf.get('architectures')})",
+            f"{folder}: model_type {name!r} (architectures {hf.get('architectures')})",
             f"model_type {', '.join(FAMILIES)}",
-            "give a BERT checkpoint",
+            "give a checkpoint of one of these families",
         )
-    act = _ACTIVATIONS.get(str(hf.get("hidden_act", "gelu")))
+    keys = family.keys
+    act = _ACTIVATIONS.get(str(hf.get(keys["act"], "gelu")))
     if act is None:
         allowed = ", ".join(_ACTIVATIONS)
-        raise _broken(folder, f"hidden_act {hf['hidden_act']!r}", allowed)
+        raise _broken(folder, f"{keys['act']} {hf[keys['act']]!r}", allowed)
     position = hf.get("position_embedding_type", "absolute")
     if position != "absolute":
         raise _broken(folder, f"position_embedding_type {position!r}", "absolute")
     try:
         config = EncoderConfig(
-            family=family,
-            layers=int(hf["num_hidden_layers"]),
-            hidden=int(hf["hidden_size"]),
-            heads=int(hf["num_attention_heads"]),
-            ffn=int(hf["intermediate_size"]),
-            vocab=int(hf["vocab_size"]),
-            positions=int(hf["max_position_embeddings"]),
-            types=int(hf.get("type_vocab_size", 2)),
+            family=name,
+            layers=int(hf[keys["layers"]]),
+            hidden=int(hf[keys["hidden"]]),
+            heads=int(hf[keys["heads"]]),
+            ffn=int(hf[keys["ffn"]]),
+            vocab=int(hf[keys["vocab"]]),
+            positions=int(hf[keys["positions"]]) - family.offset(_pad(hf)),
+            types=int(hf.get("type_vocab_size", 2)) if family.types else 2,
             eps=float(hf.get("layer_norm_eps", 1e-12)),
             act=act,
+            position_bias=bool(family.buckets),
         )
     except KeyError as error:
-        raise _broken(folder, f"config.json lacks {error}", "a complete BERT config.json") from None
+        raise _broken(folder, f"config.json lacks {error}", "a complete config.json") from None
     except (TypeError, ValueError) as error:
         raise _broken(folder, f"config.json: {error}", "numbers for the sizes") from None
     sizes = (config.layers, config.hidden, config.heads, config.ffn, config.vocab, config.positions)
@@ -132,6 +124,11 @@ def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
         got = f"{config.layers} layers, hidden {config.hidden}, {config.heads} heads"
         raise _broken(folder, got, "one layer or more, hidden a multiple of heads")
     return config
+
+
+def _pad(hf: Mapping[str, Any]) -> int:
+    pad = hf.get("pad_token_id")
+    return 1 if pad is None else int(pad)
 
 
 def _labels(hf: Mapping[str, Any], file: Path) -> tuple[str, ...]:
@@ -197,10 +194,13 @@ def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
                 yield name, tensor.float().numpy()
 
 
-def _bert_tensors(
-    state: Mapping[str, Array], config: EncoderConfig, folder: Path
+def _tensors(
+    state: Mapping[str, Array], config: EncoderConfig, hf: Mapping[str, Any], folder: Path
 ) -> dict[str, Array]:
-    prefix = "bert." if any(name.startswith("bert.") for name in state) else ""
+    """The encoder's tensors under our names, as families.py says."""
+    family = FAMILIES[config.family]
+    inside = any(name.startswith(family.prefix) for name in state)
+    prefix = family.prefix if inside else ""
 
     def get(name: str, shape: tuple[int, ...]) -> Array:
         # Checkpoints converted from TensorFlow name the layer norm's parameters gamma and beta.
@@ -216,20 +216,30 @@ def _bert_tensors(
         return np.asarray(tensor, dtype=np.float32)
 
     h, f = config.hidden, config.ffn
+    offset = family.offset(_pad(hf))
+    positions = get("embeddings.position_embeddings.weight", (config.positions + offset, h))
+    types = np.zeros((1, h), np.float32)
+    if family.type_table:
+        rows = config.types if family.types else int(hf.get("type_vocab_size", 2))
+        types = get("embeddings.token_type_embeddings.weight", (rows, h))
     tensors = {
         "embeddings.word": get("embeddings.word_embeddings.weight", (config.vocab, h)),
-        "embeddings.position": get("embeddings.position_embeddings.weight", (config.positions, h)),
-        "embeddings.type": get("embeddings.token_type_embeddings.weight", (config.types, h)),
+        "embeddings.position": np.ascontiguousarray(positions[offset:]),
+        "embeddings.type": types if family.types else np.repeat(types[:1], config.types, axis=0),
         "embeddings.ln.weight": get("embeddings.LayerNorm.weight", (h,)),
         "embeddings.ln.bias": get("embeddings.LayerNorm.bias", (h,)),
     }
+    if family.buckets:
+        count = int(hf.get(family.buckets, 32))
+        table = get("encoder.relative_attention_bias.weight", (count, config.heads))
+        tensors["position_bias"] = position_bias(table, config.positions)
     shapes = {"qkv": (h, h), "out": (h, h), "ffn_in": (f, h), "ffn_out": (h, f)}
     for layer in range(config.layers):
-        for ours, theirs in _BERT_LAYER.items():
+        for ours, theirs in family.layer.items():
             shape = shapes.get(ours, (h,))
             for part in ("weight", "bias"):
                 wanted = shape if part == "weight" else shape[:1]
-                names = [f"encoder.layer.{layer}.{name}.{part}" for name in theirs]
+                names = [f"{family.layers}.{layer}.{name}.{part}" for name in theirs]
                 stacked = [get(name, wanted) for name in names]
                 tensors[f"layer.{layer}.{ours}.{part}"] = np.concatenate(stacked)
     return tensors

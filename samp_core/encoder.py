@@ -28,6 +28,7 @@ from samp_kernels.interface import (
     Session,
     UnsupportedPrecision,
     Weight,
+    position_bias_of,
 )
 
 from samp_core.backends import open_backend as open_backend
@@ -192,6 +193,8 @@ class LoopSession:
         )
         self._embedding_ln = self._layer_norm(tensors, "embeddings.ln")
         self._layers = [self._layer(tensors, plan, i) for i in range(config.layers)]
+        bias = position_bias_of(config, tensors)
+        self._position_bias = None if bias is None else array(bias)
         has_classifier = "classifier.weight" in tensors
         self._classifier = self._gemm(tensors, plan, "classifier") if has_classifier else None
 
@@ -350,6 +353,7 @@ class LoopSession:
                     cu,
                     batch.max_seqlen,
                     self._config.heads,
+                    position_bias=self._position_bias,
                     precisions=layer.attention_precisions,  # noqa: B023
                     scales=layer.attention_scales,  # noqa: B023
                     out=Out() if early else layer.out.input,  # noqa: B023

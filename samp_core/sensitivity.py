@@ -252,7 +252,8 @@ class _Cheap:
                 return round8(x, scale[part]) if part in scale else x
 
             heads, bounds = self._bench.checkpoint.config.heads, batch.cu_seqlens.tolist()
-            error = self._encoder.attention(tap.x, bounds, heads, rounded) - tap.y
+            bias = self._tensors.get("position_bias")
+            error = self._encoder.attention(tap.x, bounds, heads, rounded, bias) - tap.y
             return error, error
         (site,) = node.sites
         recipe = option[site].recipe or Recipe()

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
 
 from samp_core.errors import SampError
+from samp_core.families import FAMILIES
 from samp_core.rows import Text
 from samp_core.windows import Windows
 
@@ -35,8 +36,6 @@ _SPECIALS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-# These count positions from pad_token_id + 1.
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 _FEWEST_TOKENS = 3
 _NO_LIMIT = 512
 _CHARACTERS_PER_TOKEN = 32
@@ -263,8 +262,10 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> Any:
 def _length(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
     model = _read_json(folder / _MODEL_CONFIG)
     positions = int(model.get("max_position_embeddings") or 10**30)
-    if model.get("model_type") in _OFFSET_POSITIONS:
-        positions -= int(model.get("pad_token_id") or 0) + 1
+    family = FAMILIES.get(str(model.get("model_type")))
+    if family is not None:
+        pad = model.get("pad_token_id")
+        positions -= family.offset(1 if pad is None else int(pad))
     if wanted is None:
         wanted = _read_json(folder / _SERVED).get("max_length")
     if wanted is None:

@@ -68,7 +68,7 @@ def forward(
     for layer in range(config.layers):
         prefix = f"layer.{layer}"
         qkv = gemm(f"{prefix}.qkv", hidden)
-        context = attention(qkv, bounds, config.heads)
+        context = attention(qkv, bounds, config.heads, bias=tensors.get("position_bias"))
         taps.append(Tap(f"{prefix}.attention", qkv, context))
         hidden = _layer_norm(
             tensors, f"{prefix}.attention_ln", gemm(f"{prefix}.out", context) + hidden, config.eps
@@ -90,8 +90,12 @@ def attention(
     bounds: list[int],
     heads: int,
     rounded: Callable[[str, Tensor], Tensor] = lambda part, x: x,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V in each sequence; `rounded` is laid on q, k, p and v."""
+    """softmax(Q K^T / sqrt(d) + bias) V in each sequence; `rounded` is laid on q, k, p and v.
+
+    bias: [heads, 2 n - 1] by distance, as in kernels/interface.py.
+    """
     hidden = qkv.shape[1] // 3
     dim = hidden // heads
     q, k, v = (
@@ -100,19 +104,26 @@ def attention(
     pieces = []
     for begin, end in itertools.pairwise(bounds):
         a, b, c = (x[begin:end].view(-1, heads, dim).transpose(0, 1) for x in (q, k, v))
-        p = rounded("p", torch.softmax(a @ b.transpose(1, 2) / dim**0.5, dim=-1))
+        scores = a @ b.transpose(1, 2) / dim**0.5
+        if bias is not None:
+            place = torch.arange(end - begin)
+            scores = scores + bias[:, bias.shape[1] // 2 + place[None] - place[:, None]]
+        p = rounded("p", torch.softmax(scores, dim=-1))
         pieces.append((p @ c).transpose(0, 1).reshape(end - begin, hidden))
     return torch.cat(pieces)
 
 
 def head_logits(weights: Tensors, feature: Tensor) -> Tensor | None:
-    """classifier(tanh(pooler(x))), or classifier(x) without a pooler; None for another head."""
+    """The heads of pooled.py, and classifier(x) alone; None for another head."""
     known = {"classifier.weight", "classifier.bias"}
     if not known <= set(weights):
         return None
-    if set(weights) == known | {"pooler.weight", "pooler.bias"}:
-        feature = torch.tanh(F.linear(feature, weights["pooler.weight"], weights["pooler.bias"]))
-    elif set(weights) != known:
+    for name, act in (("pooler", torch.tanh), ("pre_classifier", torch.relu)):
+        layer = (f"{name}.weight", f"{name}.bias")
+        if set(weights) == known | set(layer):
+            feature = act(F.linear(feature, *(weights[part] for part in layer)))
+            known |= set(layer)
+    if set(weights) != known:
         return None
     return F.linear(feature, weights["classifier.weight"], weights["classifier.bias"])
 

@@ -181,7 +181,7 @@ class CpuBackend:
     ) -> Any:
         if not set(precisions) <= {"fp32", "int8"}:
             raise UnsupportedPrecision("attention", " and ".join(precisions), "fp32, int8")
-        check_attention(qkv, cu_seqlens, heads)
+        check_attention(qkv, cu_seqlens, heads, position_bias)
         int8_scores, int8_context = (precision == "int8" for precision in precisions)
         needed = ("q", "k") * int8_scores + ("p", "v") * int8_context
         given: dict[str, Any] = {f"{name}_scale": (scales or {}).get(name, 0.0) for name in needed}

@@ -17,6 +17,7 @@ from samp_kernels.interface import (
     KernelError,
     OutputKind,
     Weight,
+    position_bias_of,
 )
 
 _ACTIVATIONS = {"gelu": 1, "gelu_tanh": 2, "tanh": 3, "relu": 4}
@@ -68,6 +69,9 @@ class NativeSession:
         )
         gamma, beta = _norm(tensors, "embeddings.ln")
         self._session.set_embeddings(word, position, kind, gamma, beta)
+        bias = position_bias_of(config, tensors)
+        if bias is not None:
+            self._session.set_position_bias(_floats(bias))
         for layer in range(config.layers):
             prefix = f"layer.{layer}"
             for site in GEMM_SITES:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from samp_core import bio
+from samp_core import bio, pooled
 from samp_core.errors import SampError
 from samp_core.heads import FloatArray, Head, TensorSpec, TokenRow, Weights
 
@@ -34,7 +34,7 @@ def encoder_tensors(
     tensors = {name: np.ascontiguousarray(state_dict[name], dtype=np.float32) for name in _TENSORS}
     names = config.get("id2label")
     classes = len(names) if names else len(tensors["classifier.bias"])
-    shape = (classes, int(config["hidden_size"]))
+    shape = (classes, pooled.width(config))
     if tensors["classifier.weight"].shape != shape or tensors["classifier.bias"].shape != shape[:1]:
         raise SampError(
             "head_weights",

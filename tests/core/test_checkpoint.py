@@ -197,7 +197,7 @@ def test_a_broken_config(content: bytes, word: str, folder: Path) -> None:
     refuse(folder, word)
 
 
-@pytest.mark.parametrize("family", ["roberta", "gpt2", "BERT", "absent"])
+@pytest.mark.parametrize("family", ["electra", "gpt2", "BERT", "absent"])
 def test_another_architecture(family: str, folder: Path) -> None:
     edit_config(folder, model_type=family)
     error = refuse(folder, "allowed: model_type bert", code="unsupported_architecture")

@@ -119,7 +119,7 @@ def test_attention(level: str, end: bool, counts: list[int], shape: tuple[int, i
         return locked(x, end=end)
 
     scales = {"q_scale": 0.03, "k_scale": 0.03, "p_scale": 1 / 127, "v_scale": 0.03}
-    bias = at(normal(RNG, heads, max(counts), max(counts)))
+    bias = at(normal(RNG, heads, 2 * max(counts) - 1))
     for qkv in (at(normal(RNG, rows, 3 * heads * dim)), at(u8(rows, 3 * heads * dim))):
         for scores in (False, True):
             for context in (False, True):
@@ -176,7 +176,7 @@ def ops(b: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
                 "qkv": normal(RNG, 3, 24),
                 "cu_seqlens": cu([1, 2]),
                 "heads": 2,
-                "position_bias": normal(RNG, 2, 2, 2),
+                "position_bias": normal(RNG, 2, 3),
                 "out_f": normal(RNG, 3, 8),
                 "out_q": u8(3, 8),
             },
@@ -233,7 +233,9 @@ def test_indices_and_bounds_are_checked() -> None:
         {"heads": 0},
         {"heads": 3},
         {"heads": -1},
-        {"position_bias": normal(RNG, 2, 1, 1)},
+        {"position_bias": normal(RNG, 2, 1)},
+        {"position_bias": normal(RNG, 2, 4)},
+        {"position_bias": normal(RNG, 3, 3)},
     ):
         with pytest.raises(ValueError):
             call(**{**arguments, **wrong})

@@ -39,7 +39,12 @@ from samp_core.quantize import export_weights
 SOME = settings(max_examples=8, deadline=None)
 OUTPUTS: tuple[OutputKind, ...] = ("first", "mean", "tokens")
 # layers, hidden, heads, ffn: heads of 32, 64 and 26.
-SHAPES = {"head 32": (2, 96, 3, 200), "head 64": (1, 128, 2, 312), "head 26": (2, 312, 12, 1200)}
+SHAPES = {
+    "head 32": (2, 96, 3, 200),
+    "head 64": (1, 128, 2, 312),
+    "head 26": (2, 312, 12, 1200),
+    "position bias": (2, 128, 2, 200),
+}
 
 
 @cache
@@ -47,6 +52,7 @@ def encoder(shape: str) -> tuple[EncoderConfig, dict[str, Array], Plan]:
     """A random encoder and its float plan with the scales and outliers of every site."""
     layers, hidden, heads, ffn = SHAPES[shape]
     config = EncoderConfig("bert", layers, hidden, heads, ffn, 50, 64, 2, 1e-12, "gelu_tanh")
+    config = replace(config, position_bias=shape == "position bias")
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Array:
@@ -64,6 +70,8 @@ def encoder(shape: str) -> tuple[EncoderConfig, dict[str, Array], Plan]:
             tensors[f"layer.{i}.{site}.bias"] = normal(size[0])
     for name in norms:
         tensors[f"{name}.weight"], tensors[f"{name}.bias"] = 1 + normal(hidden), normal(hidden)
+    if config.position_bias:
+        tensors["position_bias"] = (3 * rng.standard_normal((heads, 127))).astype(np.float32)
     sizes_of = {"layers": layers, "hidden": hidden, "heads": heads, "ffn": ffn}
     plan = mode_plan(Plan("0", sizes_of, "cpu", {}, {}), "float", 0, (), Recipe())
     session = LoopSession(REFERENCE, config, tensors, plan)

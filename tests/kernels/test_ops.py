@@ -214,7 +214,9 @@ def attention64(qkv: Array, bounds: Array, heads: int, bias: Array | None = None
             )
             scores = q @ k.T / math.sqrt(dim)
             if bias is not None:
-                scores = scores + torch.from_numpy(bias[head, : end - begin, : end - begin])
+                for i in range(end - begin):
+                    for j in range(end - begin):
+                        scores[i, j] += bias[head, bias.shape[1] // 2 + j - i]
             y[begin:end, head * dim : (head + 1) * dim] = torch.softmax(scores, 1) @ v
     return y.numpy()
 
@@ -237,13 +239,25 @@ def test_attention(
 
 
 @every_backend
-def test_attention_adds_a_position_bias(name: str) -> None:
-    rng = np.random.default_rng(1)
+@FAST
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    st.sampled_from([(1, 32), (3, 64)]),
+    st.integers(0, 9),
+    seeds,
+)
+def test_attention_adds_a_position_bias(
+    name: str, counts: list[int], shape: tuple[int, int], spare: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
     b = backend(name)
-    counts = [3, 1, 5]
-    qkv, bias = normal(rng, 9, 3 * 64), normal(rng, 2, 6, 6)
-    y = b.attention(b.array(qkv), cu(counts), 5, 2, position_bias=b.array(bias), out=Out())
-    check(name, y, attention64(qkv, cu(counts), 2, bias))
+    heads, dim = shape
+    qkv = normal(rng, sum(counts), 3 * heads * dim)
+    bias = 3 * normal(rng, heads, 2 * (max(counts) + spare) - 1)
+    wanted = attention64(qkv, cu(counts), heads, bias)
+    args = (b.array(qkv), cu(counts), max(counts), heads)
+    y = b.attention(*args, position_bias=b.array(bias), out=Out())
+    check(name, y, wanted)
 
 
 @every_backend

@@ -249,16 +249,18 @@ SAMP_INLINE void pack_values(const uint8_t* x, long ld_x, long n, long d, int8_t
 // ---- softmax ----
 
 // R (1 to 4) rows of scores -> exp(s - max) in place, 0 beyond n; inverse[0..3] = 1 / their sums.
+// The biases of a row begin one place before those of the row above it.
 template <int R>
-SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, long ld_bias,
-                              float* inverse) {
-  if (bias)
-    for (int r = 0; r < R; ++r)
-      for (long i = 0; i < n; i += W) {
-        const int m = n - i < W ? (int)(n - i) : W;
-        store(s + r * ld + i, load(s + r * ld + i) + load_n(bias + r * ld_bias + i, m));
-      }
+SAMP_INLINE void softmax_rows(float* s, long ld, long n, const float* bias, float* inverse) {
   const long last = (n - 1) / W * W;
+  if (bias) {
+    for (long i = 0; i < last; i += W)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) store(s + r * ld + i, load(s + r * ld + i) + load(bias - r + i));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      store(s + r * ld + last, load(s + r * ld + last) + load_n(bias - r + last, (int)(n - last)));
+  }
   const vi keep = (vi)(lane_index() < set1i((int32_t)(n - last)));
   const vi lowest = (vi)set1(-3.0e38f) & ~keep;
   vf top[4], sum[4] = {};
@@ -403,17 +405,17 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
     score.a = op.int8_scores ? (const void*)(u[0] + q0 * ld_u) : (const void*)(f[0] + q0 * op.ld);
     multiply(op.int8_scores, score, rows, vectors, panel, panel * W * score.k * 4);
 
-    const float* bias =
-        op.position_bias ? op.position_bias + (head * op.ld_bias + q0) * op.ld_bias : nullptr;
+    const float* bias = nullptr;  // of query q0 and key 0
+    if (op.position_bias) bias = op.position_bias + head * (2 * op.reach - 1) + op.reach - 1 - q0;
     long r = 0;
     for (; r < rows; r += 4) {
       float* p = m.scores + r * score.ldc;
-      const float* b = bias ? bias + r * op.ld_bias : nullptr;
+      const float* b = bias ? bias - r : nullptr;
       switch (rows - r) {
-        case 1: softmax_rows<1>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
-        case 2: softmax_rows<2>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
-        case 3: softmax_rows<3>(p, score.ldc, n, b, op.ld_bias, inverse + r); break;
-        default: softmax_rows<4>(p, score.ldc, n, b, op.ld_bias, inverse + r);
+        case 1: softmax_rows<1>(p, score.ldc, n, b, inverse + r); break;
+        case 2: softmax_rows<2>(p, score.ldc, n, b, inverse + r); break;
+        case 3: softmax_rows<3>(p, score.ldc, n, b, inverse + r); break;
+        default: softmax_rows<4>(p, score.ldc, n, b, inverse + r);
       }
     }
     if (op.int8_context)

@@ -173,6 +173,8 @@ void Encoder::attention(int l, Rows& rows, const int32_t* cu, long sequence, lon
   a.ld = 3 * h;
   a.heads = shape_.heads;
   a.head_dim = h / shape_.heads;
+  a.position_bias = position_bias.empty() ? nullptr : position_bias.data();
+  a.reach = reach;
   a.int8_scores = layer.int8_scores;
   a.int8_context = layer.int8_context;
   a.q_scale = layer.q_scale;

@@ -82,7 +82,9 @@ class Encoder {
 
   Tables tables;
   std::vector<Layer> layers;
-  Site classifier;  // packed == nullptr: none
+  Site classifier;                   // packed == nullptr: none
+  std::vector<float> position_bias;  // [heads, 2 reach - 1], or empty
+  long reach = 0;
 
   // out: [B, H] for first and mean, [T, H] or [T, C] for tokens.
   void run(const Input& input, Output output, float* out);

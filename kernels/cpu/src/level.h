@@ -102,8 +102,10 @@ struct Attention {
   const uint8_t* qkv_q = nullptr;  // the same already quantized with q_scale, k_scale, v_scale
   long ld = 0;
   long heads = 0, head_dim = 0;
-  const float* position_bias = nullptr;  // [heads, ld_bias, ld_bias] or null
-  long ld_bias = 0;
+  // Or null: [heads, 2 reach - 1]; query i adds [reach - 1 + j - i] to key j. No sequence is longer
+  // than `reach`.
+  const float* position_bias = nullptr;
+  long reach = 0;
   bool int8_scores = false, int8_context = false;  // with qkv_q both are true
   float q_scale = 1, k_scale = 1, p_scale = 1, v_scale = 1;
   bool first_only =

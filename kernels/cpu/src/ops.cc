@@ -28,8 +28,6 @@ template <typename T>
 using Matrix = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 template <typename T>
 using Maybe = std::optional<T>;
-template <typename T>
-using Cube = nb::ndarray<T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
@@ -275,7 +273,7 @@ long longest(const Vector<const int32_t>& cu, long rows) {
 // qkv of floats, or of u8 where scores and context are int8. first_only: one row a sequence.
 template <typename T>
 void attention(const Level& level, const Matrix<const T>& qkv, const Vector<const int32_t>& cu,
-               long heads, const Maybe<Cube<const float>>& bias, bool int8_scores,
+               long heads, const Maybe<Matrix<const float>>& bias, bool int8_scores,
                bool int8_context, float q_scale, float k_scale, float p_scale, float v_scale,
                bool first_only, const OutF& out_f, const OutQ& out_q, float inv_scale) {
   constexpr bool kQuantized = std::is_same_v<T, uint8_t>;
@@ -292,9 +290,11 @@ void attention(const Level& level, const Matrix<const T>& qkv, const Vector<cons
   a.heads = heads;
   a.head_dim = width / 3 / heads;
   if (bias) {
-    a.ld_bias = size(*bias, 1);
-    expect(size(*bias, 0) == heads && a.ld_bias == size(*bias, 2) && a.ld_bias >= most,
-           "position_bias [heads, n, n], n at least the longest sequence");
+    const char* what = "position_bias [heads, 2 n - 1], n at least the longest sequence";
+    const long distances = size(*bias, 1);
+    a.reach = (distances + 1) / 2;
+    expect(distances % 2 == 1 && a.reach >= most, what);
+    expect(rows_of(*bias, heads, distances, what) == distances, what);
     a.position_bias = bias->data();
   }
   a.int8_scores = int8_scores;

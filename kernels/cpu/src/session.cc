@@ -123,6 +123,17 @@ class Session {
     }
   }
 
+  // Of every layer: [heads, 2 n - 1], n the longest sequence that can run.
+  void set_position_bias(F2 table) {
+    const long heads = static_cast<long>(table.shape(0));
+    const long distances = static_cast<long>(table.shape(1));
+    if (heads != shape_.heads || distances % 2 == 0)
+      refuse("position_bias [" + std::to_string(heads) + ", " + std::to_string(distances) +
+             "]; wanted [" + std::to_string(shape_.heads) + ", 2 n - 1]");
+    encoder().position_bias.assign(table.data(), table.data() + heads * distances);
+    encoder().reach = (distances + 1) / 2;
+  }
+
   nb::object run(I1 ids, I1 types, I1 positions, I1 cu, int output, bool timed) {
     Encoder& e = encoder();
     const long tokens = static_cast<long>(ids.shape(0));
@@ -134,6 +145,10 @@ class Session {
       refuse("cu_seqlens that do not run from 0 to " + std::to_string(tokens));
     for (long i = 0; i < sequences; ++i)
       if (cu.data()[i] >= cu.data()[i + 1]) refuse("cu_seqlens that do not rise");
+    for (long i = 0; i < sequences && e.reach > 0; ++i)
+      if (cu.data()[i + 1] - cu.data()[i] > e.reach)
+        refuse("a sequence of " + std::to_string(cu.data()[i + 1] - cu.data()[i]) +
+               " tokens; allowed: at most " + std::to_string(e.reach) + ", for its position bias");
     within(ids.data(), tokens, rows_[0], "ids");
     within(positions.data(), tokens, rows_[1], "positions");
     within(types.data(), tokens, rows_[2], "types");
@@ -207,6 +222,7 @@ void bind_session(nb::module_& m) {
       .def("set_gemm", &Session::set_gemm)
       .def("set_norm", &Session::set_norm)
       .def("set_attention", &Session::set_attention)
+      .def("set_position_bias", &Session::set_position_bias)
       .def("run", &Session::run)
       .def("seconds", &Session::seconds)
       .def("executed", &Session::executed)
