@@ -21,12 +21,14 @@ from samp_kernels.cpu import missing
 from samp_kernels.interface import SITES, Array, Batch, KernelError, pack_batch
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
-from samp_core import calibrate, families, heads, torch_encoder
+import samp_core
+from samp_core import calibrate, families, heads, serving, torch_encoder
 from samp_core.checkpoint import Checkpoint, load_checkpoint
 from samp_core.encoder import LoopSession, prepare
 from samp_core.errors import SampError
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
+from samp_core.repository import TierFiles, build_lock, write_build
 from samp_core.text import TextEncoder
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -234,3 +236,39 @@ def test_a_checkpoint_of_mpnet_without_its_biases_is_refused(tmp_path: Path) -> 
     save_file(state, file, {"format": "pt"})
     with pytest.raises(SampError, match=r"no tensor encoder\.relative_attention_bias\.weight"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["onednn", "cpu"])
+@pytest.mark.parametrize("family", ["mpnet", "xlm-roberta", "distilbert"])
+def test_a_served_folder_answers_as_transformers(family: str, name: str, tmp_path: Path) -> None:
+    """Written as a build writes it, read back as the server and `samp_core.load` read it."""
+    if name == "cpu" and missing():
+        pytest.skip(missing())
+    auto = transformers.AutoModelForSequenceClassification
+    model = write_family(tmp_path / "model", family, auto, num_labels=3)
+    tokenizer = write_tokenizer(tmp_path / "model", family)
+    checkpoint = load_checkpoint(tmp_path / "model")
+    head = heads.get("classification").export(checkpoint.state, checkpoint.hf_config)
+    plan = float_plan(checkpoint, name)
+    out = tmp_path / "out"
+    with build_lock(out):
+        folder = write_build(
+            out, model="small", task="classification", head="classification",
+            labels=checkpoint.labels, max_length=LONGEST, default_tier="exact", threads=1,
+            text=TextEncoder.load(tmp_path / "model"), head_weights=head, build={},
+            encoder_config=checkpoint.config,
+            tiers={"exact": TierFiles(plan, export_weights(checkpoint.tensors, plan))},
+        )  # fmt: skip
+    texts = ["a fine film", "dull", "", "one two three " * 20]
+    ids = [np.array(row) for row in tokenizer(texts, truncation=True)["input_ids"]]
+    wanted = torch.softmax(padded(model, ids).logits, dim=1).numpy()
+    pipeline = samp_core.load(out, threads=1)
+    assert np.abs(pipeline.predict(texts)["SCORES"] - wanted).max() <= 1e-4
+    served = folder / "models" / "encoder_small_exact" / "1"
+    encoder = serving.Encoder.load(served, {"threads": "1", "output": "first"})
+    assert encoder.longest == LONGEST
+    wide = np.zeros((1, LONGEST), np.int32)
+    wide[0, : len(ids[0])] = ids[0]
+    (answer,) = encoder.run([(wide, np.zeros_like(wide), np.array([[len(ids[0])]]))])
+    feature = pipeline.session.run(packed([ids[0].astype(np.int32)]))
+    np.testing.assert_array_equal(answer["FEATURE"], feature)
