@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from samp_client.errors import BadRequest, ClientError
-from samp_client.records import ABRecord, Row
+from samp_client.records import ABRecord, Row, record_of
 
 if TYPE_CHECKING:
     from samp_client.api import Client
@@ -58,9 +58,8 @@ def collect(
 def _ask(client: Client, name: str, text: Row, tier: str, timeout_s: float | None) -> ABRecord:
     start = time.perf_counter()
     try:
-        (answer,) = client.predict([text], tier, timeout_s)
+        (answer,) = client.answers([text], tier, timeout_s)
     except ClientError as error:
         elapsed_ms = (time.perf_counter() - start) * 1e3
         return ABRecord(name, tier, None, None, elapsed_ms, str(error))
-    elapsed_ms = (time.perf_counter() - start) * 1e3
-    return ABRecord(name, tier, answer.label, answer.scores, elapsed_ms, None)
+    return record_of(name, tier, answer, (time.perf_counter() - start) * 1e3)

@@ -1,13 +1,13 @@
-"""The client: one surface over gRPC and HTTP."""
+"""The client: one surface over gRPC and HTTP. aio.py has the same to await."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
-from samp_client import ab, answers, batches, discovery, errors
+from samp_client import ab, batches, errors
 from samp_client.discovery import TierInfo
 from samp_client.records import (
     ABRecord,
@@ -20,19 +20,19 @@ from samp_client.records import (
     Row,
     ScorePrediction,
     Text,
+    rough,
 )
+from samp_client.retry import Retry
+from samp_client.security import Tls, check_headers
 from samp_client.server_times import Counters, TierTimes, read_counters, tier_times
+from samp_client.session import DEFAULT_TIER as DEFAULT_TIER
+from samp_client.session import Pause, Session, Steps, most_rows
 from samp_client.transport import ProtocolName, Transport, parse_address
 
-DEFAULT_TIER = "balanced"
+if TYPE_CHECKING:
+    from samp_client.session import Ask
+
 DEFAULT_TIMEOUT_S = 30.0
-_CALLS = {
-    "classification": "predict",
-    "entities": "entities",
-    "multi-label": "active",
-    "regression": "scores",
-    "embedding": "embed",
-}
 
 
 def connect(
@@ -41,27 +41,34 @@ def connect(
     *,
     model: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
+    request_timeout_s: float | None = None,
+    retry: Retry | None = None,
+    tls: Tls | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> Client:
     """A client of the Triton at `url` ("host:port"); nothing is sent yet.
 
-    model: needed only where the server has several; timeout_s: for each later call, unless it
-    names its own. BadRequest for a malformed address or an unknown protocol.
+    model: needed only where the server has several; timeout_s: for each later call as a whole,
+    unless it names its own; request_timeout_s: for each single request of it. retry: by default
+    nothing is sent twice. tls: certificates, gRPC only; headers: sent with every request.
+    BadRequest for a malformed address, an unknown protocol, or files that are none.
     """
-    if protocol not in ("grpc", "http"):
-        raise errors.BadRequest(f"protocol {protocol!r}", "grpc or http", "name one of these")
-    _check_timeout(timeout_s)
-    address = parse_address(url, protocol)
+    address, sent = check_target(url, protocol, tls, headers)
+    name = f"{address} over {protocol}"
+    session = Session(
+        name, model=model, timeout_s=timeout_s, request_timeout_s=request_timeout_s, retry=retry
+    )
     transport: Transport
     # Imported here: each costs a tenth of a second and more, and a program needs only one.
     if protocol == "grpc":
         from samp_client.grpc_transport import GrpcTransport
 
-        transport = GrpcTransport(address)
+        transport = GrpcTransport(address, headers=sent, tls=tls)
     else:
         from samp_client.http_transport import HttpTransport
 
-        transport = HttpTransport(address)
-    return Client(transport, f"{address} over {protocol}", model=model, timeout_s=timeout_s)
+        transport = HttpTransport(address, headers=sent)
+    return Client(transport, session)
 
 
 class Client:
@@ -71,18 +78,9 @@ class Client:
     server or the way to it is. Over HTTP a client belongs to one thread.
     """
 
-    def __init__(
-        self, transport: Transport, address: str, *, model: str | None, timeout_s: float
-    ) -> None:
+    def __init__(self, transport: Transport, session: Session) -> None:
         self._transport = transport
-        self._address = address
-        self._wanted = model
-        self._timeout_s = timeout_s
-        self._closed = False
-        self._model: str | None = None
-        self._tiers: tuple[str, ...] = ()
-        self._infos: dict[str, TierInfo] = {}
-        self._labels: tuple[str, ...] | None = None
+        self._session = session
 
     def __enter__(self) -> Client:
         return self
@@ -96,30 +94,31 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if not self._session.closed:
+            self._session.closed = True
             self._transport.close()
 
     def model(self, timeout_s: float | None = None) -> str:
         """The name of the model that this client calls."""
-        clock = self._clock(timeout_s)
-        if self._model is None:
-            self._discover(clock)
-        assert self._model is not None
-        return self._model
+        clock = self._session.clock(timeout_s)
+        if self._session.model is None:
+            self._drive(self._session.discover(clock))
+        return str(self._session.model)
 
     def tiers(self, timeout_s: float | None = None) -> tuple[str, ...]:
         """The tiers that the server has loaded now, sorted."""
-        self._discover(self._clock(timeout_s))
-        return self._tiers
+        self._drive(self._session.discover(self._session.clock(timeout_s)))
+        return self._session.tiers
 
     def labels(self, timeout_s: float | None = None) -> tuple[str, ...]:
         """Class names in the order of `Prediction.scores`."""
-        return self._read_labels(self._clock(timeout_s))
+        found: tuple[str, ...] = self._drive(self._session.labels(self._session.clock(timeout_s)))
+        return found
 
     def describe(self, tier: str | None = None, timeout_s: float | None = None) -> TierInfo:
         """A tier's ensemble, its steps and the most rows of one request. UnknownTier."""
-        return self._info(tier, self._clock(timeout_s))
+        found: TierInfo = self._drive(self._session.info(tier, self._session.clock(timeout_s)))
+        return found
 
     def predict(
         self,
@@ -186,33 +185,6 @@ class Client:
         """Whatever the tier's task answers to each text, as `predict`."""
         return self._call(None, texts, tier, timeout_s, rows)
 
-    def _call(
-        self,
-        kind: str | None,
-        texts: Iterable[Row],
-        tier: str | None,
-        timeout_s: float | None,
-        rows: int | None,
-    ) -> list[Answer]:
-        clock = self._clock(timeout_s)
-        if isinstance(texts, (str, bytes)):
-            batches.encode_texts(texts)  # raises: one text is no list
-        given = list(texts)
-        if not given:
-            return []
-        info = self._info(tier, clock)
-        if kind not in (None, info.kind):
-            raise errors.BadRequest(
-                f"{info.ensemble} answers {info.kind}",
-                f"a tier that answers {kind}",
-                f"call Client.{_CALLS[info.kind]}(), or answers() for any",
-            )
-        encoded = batches.encode_rows(given, len(info.inputs))
-        found: list[Answer] = []
-        for group in batches.split(encoded, self._rows(info, rows)):
-            found.extend(self._request(info, encoded, group, clock))
-        return found
-
     def outcomes(
         self,
         texts: Sequence[Row],
@@ -224,11 +196,14 @@ class Client:
 
         Where the server refuses a request of several texts, they are sent again one by one, so
         that only the bad ones fail. timeout_s: for each request. Raises only what concerns no
-        single text: an unknown tier, a server that is not there at the first request.
+        single text: an unknown tier, a server that is away from the start.
         """
-        info = self._info(tier, self._clock(timeout_s))
-        for group in batches.split([_rough(text) for text in texts], self._rows(info, rows)):
-            yield from self._group_outcomes(info, texts, group, timeout_s)
+        session = self._session
+        info = self._drive(session.info(tier, session.clock(timeout_s)))
+        sizes = [rough(text) for text in texts]
+        for group in batches.split(sizes, most_rows(info, rows)):
+            chosen = texts[group.start : group.stop]
+            yield from self._drive(session.outcomes(info, chosen, group.start, timeout_s))
 
     def compare(
         self,
@@ -255,7 +230,8 @@ class Client:
 
     def statistics(self, timeout_s: float | None = None) -> dict[str, Counters]:
         """Triton's counters of every loaded model; two readings make `server_times`."""
-        return read_counters(self._transport.statistics(self._clock(timeout_s).left()))
+        clock = self._session.clock(timeout_s)
+        return read_counters(self._drive(self._session.ask(clock, "statistics")))
 
     def server_times(
         self, tier: str, before: Mapping[str, Counters], after: Mapping[str, Counters]
@@ -263,124 +239,46 @@ class Client:
         """Mean queue and compute milliseconds of a tier's steps between two `statistics`."""
         return tier_times(tier, self.describe(tier).steps, before, after)
 
-    def _group_outcomes(
+    def _call(
         self,
-        info: TierInfo,
-        texts: Sequence[Row],
-        group: range,
+        kind: str | None,
+        texts: Iterable[Row],
+        tier: str | None,
         timeout_s: float | None,
-    ) -> Iterator[Outcome]:
-        try:
-            chosen = (texts[index] for index in group)
-            rows = batches.encode_rows(chosen, len(info.inputs), group.start)
-            answers = self._request(info, rows, range(len(rows)), self._clock(timeout_s))
-        except errors.UserError as error:
-            if len(group) == 1:
-                yield Outcome(group[0], None, error)
-                return
-            for index in group:
-                yield from self._group_outcomes(info, texts, range(index, index + 1), timeout_s)
-        except errors.ServerError as error:
-            yield from (Outcome(index, None, error) for index in group)
-        else:
-            for index, answer in zip(group, answers, strict=True):
-                yield Outcome(index, replace(answer, index=index), None)
-
-    def _request(
-        self, info: TierInfo, rows: Sequence[tuple[bytes, ...]], group: range, clock: _Clock
+        rows: int | None,
     ) -> list[Answer]:
-        labels = self._read_labels(clock)
-        chosen = rows[group.start : group.stop]
-        columns = dict(zip(info.inputs, zip(*chosen, strict=True), strict=True))
+        clock = self._session.clock(timeout_s)
+        found: list[Answer] = self._drive(self._session.call(kind, texts, tier, rows, clock))
+        return found
+
+    def _drive(self, steps: Steps[Any]) -> Any:
+        """Do what an operation asks for until it returns."""
         try:
-            tensors = self._transport.infer(info.ensemble, columns, clock.left())
-        except errors.UnknownModel:
-            # Unloaded since it was described: say which tiers are left.
-            self._infos.pop(info.tier, None)
-            self._discover(clock)
-            if info.tier not in self._tiers:
-                raise errors.UnknownTier(info.tier, str(self._model), self._tiers) from None
-            raise
-        try:
-            texts = [row[0] for row in chosen]
-            return answers.read(info.kind, tensors, texts, group.start, labels)
-        except (KeyError, ValueError, IndexError) as error:
-            raise errors.ServerFault(
-                f"{info.ensemble} on {self._address} answered {len(chosen)} texts with other "
-                f"tensors than its configuration says: {error}",
-                fix="see the server's log",
-            ) from None
+            step = next(steps)
+            while True:
+                try:
+                    reply = self._do(step)
+                except errors.ClientError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(reply)
+        except StopIteration as end:
+            return end.value
 
-    def _rows(self, info: TierInfo, rows: int | None) -> int:
-        if rows is None:
-            return min(batches.MAX_ROWS, info.max_rows)
-        if rows < 1:
-            raise errors.BadRequest(f"{rows} rows in a request", "1 or more", "correct rows=...")
-        if rows > info.max_rows:
-            raise errors.BatchTooLarge(
-                f"{rows} rows in a request",
-                f"{info.ensemble} takes at most {info.max_rows}",
-                "lower rows=..., or leave it out",
-            )
-        return rows
-
-    def _info(self, tier: str | None, clock: _Clock) -> TierInfo:
-        name = DEFAULT_TIER if tier is None else tier
-        if name not in self._infos:
-            if name not in self._tiers:
-                self._discover(clock)
-            if name not in self._tiers:
-                raise errors.UnknownTier(name, self._model or "the model", self._tiers)
-            config = self._transport.config(f"{self._model}_{name}", clock.left())
-            self._infos[name] = discovery.read_tier(name, config)
-        return self._infos[name]
-
-    def _read_labels(self, clock: _Clock) -> tuple[str, ...]:
-        if self._labels is None:
-            if self._model is None:
-                self._discover(clock)
-            config = self._transport.config(f"head_{self._model}", clock.left())
-            self._labels = discovery.read_labels(config)
-        return self._labels
-
-    def _discover(self, clock: _Clock) -> None:
-        served = discovery.tiers_by_model(self._transport.index(clock.left()))
-        self._model = discovery.choose_model(self._wanted, served, self._address)
-        self._tiers = served[self._model]
-
-    def _clock(self, timeout_s: float | None) -> _Clock:
-        if self._closed:
-            raise errors.BadRequest("the client is closed", fix="connect again")
-        limit = self._timeout_s if timeout_s is None else timeout_s
-        _check_timeout(limit)
-        return _Clock(limit, self._address)
+    def _do(self, step: Ask | Pause) -> Any:
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        return getattr(self._transport, step.method)(*step.arguments, step.timeout_s)
 
 
-class _Clock:
-    """What is left of a call's time."""
-
-    def __init__(self, limit_s: float, address: str) -> None:
-        self._limit_s = limit_s
-        self._end = time.monotonic() + limit_s
-        self._address = address
-
-    def left(self) -> float:
-        """Seconds, above 0. DeadlineExceeded when there are none."""
-        left = self._end - time.monotonic()
-        if left <= 0:
-            raise errors.deadline(self._address, self._limit_s)
-        return left
-
-
-def _rough(text: Row) -> bytes:
-    """Bytes about as long as the encoded text: to split by size what may not be encodable."""
-    if isinstance(text, tuple):
-        return b"".join(map(_rough, text))
-    if isinstance(text, bytes):
-        return text
-    return text.encode(errors="replace") if isinstance(text, str) else b""
-
-
-def _check_timeout(timeout_s: float) -> None:
-    if not timeout_s > 0:
-        raise errors.BadRequest(f"timeout_s is {timeout_s}", "seconds above 0", "correct it")
+def check_target(
+    url: str, protocol: str, tls: Tls | None, headers: Mapping[str, str] | None
+) -> tuple[str, dict[str, str]]:
+    """The address and headers to use. BadRequest."""
+    if protocol not in ("grpc", "http"):
+        raise errors.BadRequest(f"protocol {protocol!r}", "grpc or http", "name one of these")
+    if tls is not None and protocol == "http":
+        raise errors.BadRequest(
+            "tls over http", "TLS over gRPC: Triton's HTTP has none", "call over gRPC"
+        )
+    return parse_address(url, protocol), check_headers(headers)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ command line prints under `--json`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 # What Triton says when rows are over max_batch_size; its status is the plain "invalid argument".
@@ -23,6 +24,15 @@ _NOT_FOUND = {"NOT_FOUND", "404"}
 _TIMED_OUT = {"DEADLINE_EXCEEDED", "CANCELLED", "408", "499", "504"}
 _AWAY = {"UNAVAILABLE", "502", "503"}
 _TOO_LARGE = {"RESOURCE_EXHAUSTED", "413"}
+# Words that are only said before a request is begun: by Triton of a full queue, of a model that
+# loads, of its own end; by gRPC of a connection that was never made. "Socket closed" is not one.
+_UNSENT = re.compile(
+    r"maximum queue size|is not ready|stopped accepting|server is stopping|server exiting|"
+    r"failed to connect|connection refused|resolution failed|cannot resolve",
+    re.IGNORECASE,
+)
+# Comes again with every attempt.
+_TLS = re.compile(r"handshake|certificate|peer name|ssl", re.IGNORECASE)
 
 
 class ClientError(Exception):
@@ -92,7 +102,15 @@ class ServerError(ClientError):
 
 
 class Unavailable(ServerError):
+    """unsent: the server has certainly not begun with the request, so it may be sent again."""
+
     code = "unavailable"
+
+    def __init__(
+        self, given: str, allowed: str = "", fix: str = "", *, unsent: bool = False
+    ) -> None:
+        super().__init__(given, allowed, fix)
+        self.unsent = unsent
 
 
 class DeadlineExceeded(ServerError):
@@ -114,7 +132,12 @@ def from_status(status: str | None, message: str, what: str) -> ClientError:
     if code in _TIMED_OUT:
         return DeadlineExceeded(given, fix="allow more time with timeout_s, or send less at once")
     if code in _AWAY:
-        return Unavailable(given, fix="check the address and that the server and model are ready")
+        return Unavailable(
+            given,
+            fix="check the address and that the server and model are ready",
+            # 502 is a proxy's, whose server may have worked.
+            unsent=code == "503" or _UNSENT.search(message) is not None,
+        )
     if code in _NOT_FOUND:
         return UnknownModel(given, fix="list what is there with Client.tiers()")
     if _TOO_MANY_ROWS in message:
@@ -134,9 +157,12 @@ def deadline(what: str, timeout_s: float) -> DeadlineExceeded:
     )
 
 
-def unreachable(what: str, reason: str) -> Unavailable:
-    """The connection failed."""
-    return Unavailable(
-        f"{what} cannot be reached: {reason}",
-        fix="check the address and port (gRPC and HTTP have each their own), and that Triton runs",
-    )
+def unreachable(what: str, reason: str, *, unsent: bool | None = None) -> Unavailable:
+    """The connection failed; unsent: before anything was sent, by default read from `reason`."""
+    tls = _TLS.search(reason) is not None
+    if unsent is None:
+        unsent = _UNSENT.search(reason) is not None
+    fix = "check the address and port (gRPC and HTTP have each their own), and that Triton runs"
+    if tls:
+        fix = "check the certificates, the server's name, and whether it wants one of the client"
+    return Unavailable(f"{what} cannot be reached: {reason}", fix=fix, unsent=unsent and not tls)

@@ -119,7 +119,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ABRecord:
-    """One text sent to one arm; label and scores are None where `error` says why."""
+    """One text sent to one arm; `error` says why there is no answer.
+
+    label and scores: of a class; scores alone of several classes or of a number. `answer` has
+    what the task answered besides.
+    """
 
     id: str
     arm: str
@@ -127,6 +131,32 @@ class ABRecord:
     scores: tuple[float, ...] | None
     latency_ms: float
     error: str | None
+    answer: Answer | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON has it: the answer's own fields where label and scores are not all of it."""
+        found: dict[str, Any] = {
+            "id": self.id,
+            "arm": self.arm,
+            "label": self.label,
+            "scores": None if self.scores is None else list(self.scores),
+            "latency_ms": round(self.latency_ms, 3),
+            "error": self.error,
+        }
+        if self.answer is not None and not isinstance(self.answer, Prediction):
+            found["answer"] = self.answer.fields()
+        return found
+
+
+def record_of(name: str, arm: str, answer: Answer, latency_ms: float) -> ABRecord:
+    """The record of a text that was answered."""
+    label = answer.label if isinstance(answer, Prediction) else None
+    scores: tuple[float, ...] | None = None
+    if isinstance(answer, (Prediction, LabelsPrediction)):
+        scores = answer.scores
+    elif isinstance(answer, ScorePrediction):
+        scores = (answer.score,)
+    return ABRecord(name, arm, label, scores, latency_ms, None, answer)
 
 
 def text_of(row: Row) -> str:
@@ -138,3 +168,12 @@ def text_of(row: Row) -> str:
 def shown(row: Row | Sequence[Text]) -> Any:
     """A row as JSON has it: a string, or two."""
     return text_of(row) if isinstance(row, (str, bytes)) else [text_of(part) for part in row]
+
+
+def rough(row: Any) -> bytes:
+    """Bytes about as long as the encoded row: to split by size what may not be encodable."""
+    if isinstance(row, (tuple, list)):
+        return b"".join(map(rough, row))
+    if isinstance(row, bytes):
+        return row
+    return row.encode(errors="replace") if isinstance(row, str) else b""

@@ -1,9 +1,9 @@
-"""What a protocol must be able to do; grpc_transport.py and http_transport.py do it."""
+"""What a protocol must be able to do; the modules grpc_... and http_... do it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from samp_client.errors import BadRequest
@@ -44,6 +44,16 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+class AsyncTransport(Protocol):
+    """The same, awaited, on one event loop; several calls may be under way at once."""
+
+    def infer(self, model: str, columns: Columns, timeout_s: float) -> Awaitable[Tensors]: ...
+    def index(self, timeout_s: float) -> Awaitable[list[dict[str, Any]]]: ...
+    def config(self, model: str, timeout_s: float) -> Awaitable[dict[str, Any]]: ...
+    def statistics(self, timeout_s: float) -> Awaitable[list[dict[str, Any]]]: ...
+    async def close(self) -> None: ...
+
+
 def parse_address(url: str, protocol: ProtocolName) -> str:
     """`host:port` from "host", "host:port", "http://host:port" or "grpc://host:port".
 
@@ -57,7 +67,7 @@ def parse_address(url: str, protocol: ProtocolName) -> str:
     if match is None or scheme not in ("grpc", "http") or not 0 < port < 65536:
         raise BadRequest(
             f"address {url!r}",
-            "host:port, optionally after http:// or grpc:// (no TLS, no path)",
+            "host:port, optionally after http:// or grpc:// (no path; TLS by tls=...)",
             f"write for example 127.0.0.1:{DEFAULT_PORTS[protocol]}",
         )
     return f"{match['host']}:{port}"

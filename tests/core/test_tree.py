@@ -33,6 +33,7 @@ ALLOWED = {
     "samp_templates": {"samp_core"},
 }
 WITH_TRITONCLIENT = {"tritonclient", "grpc", "google", "gevent", "geventhttpclient", "urllib3"}
+WITH_TRITONCLIENT |= {"aiohttp"}
 # The command line and the demo call every part.
 CALLERS = {"cli", "demo"}
 
