@@ -63,6 +63,21 @@ def stand_in() -> types.ModuleType:
     class TritonError(Exception):
         INVALID_ARG = 0
 
+    class MetricFamily:
+        """Stands for Triton's; what it is told is dropped, as another process would take it."""
+
+        COUNTER, GAUGE = 0, 1
+
+        def __init__(self, **_: Any) -> None: ...
+
+        def Metric(self, **_: Any) -> MetricFamily:
+            return self
+
+        def increment(self, value: float) -> None: ...
+
+        set = increment
+
+    module.MetricFamily = MetricFamily  # type: ignore[attr-defined]
     module.Tensor = Tensor  # type: ignore[attr-defined]
     module.InferenceResponse = Response  # type: ignore[attr-defined]
     module.TritonError = TritonError  # type: ignore[attr-defined]
@@ -88,7 +103,7 @@ def open_model(folder: Path, threads: int) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    model.initialize({"model_config": json.dumps(config)})
+    model.initialize({"model_config": json.dumps(config), "model_name": folder.name})
     return model
 
 

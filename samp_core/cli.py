@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from samp_core import cli_calls, cli_live
 from samp_core.errors import SampError, UsageError
 from samp_core.tasks import TASKS
 
 if TYPE_CHECKING:
-    from samp_client import Client, ClientError
+    from samp_client import ClientError
 
 INTERRUPTED = 130
 
@@ -30,7 +31,6 @@ Url = Annotated[str, typer.Option(help="host:port; 8001 is gRPC's, 8000 HTTP's."
 Http = Annotated[bool, typer.Option("--http", help="Call over HTTP instead of gRPC.")]
 ModelName = Annotated[str | None, typer.Option("--name", help="Model, where several are served.")]
 TASK_HELP = f"{', '.join(TASKS)}; default: classification."
-Timeout = Annotated[float, typer.Option(help="Seconds for one request.")]
 
 
 @app.command()
@@ -50,7 +50,12 @@ def build(
     out: Annotated[Path | None, typer.Option(help="Default: model_repository/<name>.")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, cpu, onednn or reference.")] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
-    calibrator: Annotated[str | None, typer.Option(help="auto, minmax or percentile.")] = None,
+    calibrator: Annotated[
+        str | None, typer.Option(help="auto (by site), minmax, percentile, mse or entropy.")
+    ] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Activation scales: auto, static or token.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens a text, or a window of it, may have.")
     ] = None,
@@ -94,6 +99,7 @@ def build(
             "backend": backend,
             "threads": threads,
             "calibrator": calibrator,
+            "activation": activation,
             "max_length": max_length,
             "stride": stride,
             "words": words,
@@ -168,136 +174,7 @@ def explain(
     _print_json(made) if as_json else show.explained(made)
 
 
-@app.command()
-def serve(
-    folder: Annotated[Path, typer.Argument(help="A build's output folder.")],
-    tiers: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    http_port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="0: any free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(help="0: any free one.")] = 8002,
-    threads: Annotated[int | None, typer.Option(help="Encoder threads.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Keep Triton's log here.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Start Triton on a build and print its addresses; Ctrl-C stops it."""
-    from samp_core import show
-    from samp_core.server import Server, serve_forever
-
-    chosen = tiers.split(",") if tiers else None
-    if not as_json:
-        show.err.print("  starting Triton ...")
-    server = Server.start(
-        folder,
-        tiers=chosen,
-        host=host,
-        http_port=http_port,
-        grpc_port=grpc_port,
-        metrics_port=metrics_port,
-        log=log,
-        threads=threads,
-    )
-
-    def ready() -> None:
-        if as_json:
-            _print_json(server.ready_line())
-            return
-        parts = ("tokenizer_", "encoder_", "head_")
-        names = ", ".join(name for name in server.models if not name.startswith(parts))
-        show.out.print(
-            f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
-            f"metrics http://{server.metrics}/metrics  pid {server.pid}\ntiers: {names}",
-            soft_wrap=True,
-        )
-
-    serve_forever(server, ready)
-    if not as_json:
-        show.err.print("stopped")
-
-
-@app.command()
-def predict(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: standard input.")] = None,
-    pair: Annotated[
-        list[str] | None,
-        typer.Option(help="Second text of a pair, one for each text; in lines: after a tab."),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option("--in", help="jsonl, csv or tsv with `text`, for pairs also `text_pair`."),
-    ] = None,
-    tier: Annotated[str | None, typer.Option(help="Default: balanced.")] = None,
-    url: Url = "",
-    http: Http = False,
-    name: ModelName = None,
-    timeout: Timeout = 30.0,
-    as_json: Json = False,
-) -> None:
-    """Ask a running server. One line a text; with --json one object a line."""
-    from samp_core import questions
-    from samp_core.show import answer_line
-
-    failed = 0
-    given = questions.read(texts, pair, file)
-    with _connect(url, http, name, timeout) as client:
-        chosen = tier or _default_tier(client)
-        columns = len(client.describe(chosen).inputs)
-        typed = not texts and file is None and sys.stdin.isatty()
-        for start, chunk in questions.chunks(given, 1 if typed else 512):
-            asked = [questions.fit(row, columns) for row in chunk]
-            for outcome in client.outcomes(asked, chosen):
-                index, text = start + outcome.index, asked[outcome.index]
-                answer, error = outcome.answer, outcome.error
-                failed += error is not None
-                if as_json:
-                    parts = (text,) if isinstance(text, str) else text
-                    row = {"index": index, **dict(zip(("text", "text_pair"), parts, strict=False))}
-                    row["error"] = None if error is None else str(error)
-                    if answer is not None:
-                        row.update(truncated=answer.truncated, **answer.fields())
-                    print(json.dumps(row, ensure_ascii=False), flush=True)
-                elif answer is not None:
-                    print(answer_line(answer, text))
-                else:
-                    print(f"error\t\t{error}")
-    if failed:
-        raise typer.Exit(1)
-
-
-@app.command()
-def ab(
-    data: Annotated[Path, typer.Option(help="Texts, labelled or not: jsonl, csv or tsv.")],
-    control: Annotated[str, typer.Option(help="The arm to compare with.")] = "exact",
-    candidate: Annotated[str, typer.Option(help="The arm on trial.")] = "fast",
-    promise: Annotated[
-        float | None, typer.Option(help="Largest drop in points; default: the tier's own.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many texts.")] = None,
-    url: Url = "",
-    http: Http = False,
-    name: ModelName = None,
-    timeout: Timeout = 30.0,
-    seed: Annotated[int, typer.Option(help="Draws which arm goes first.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """Send the same texts to two tiers, interleaved; exit 1 if the promise is broken."""
-    from samp_core import show
-    from samp_core.ab import compare
-
-    with _connect(url, http, name, timeout) as client, show.progress() as progress:
-        result = compare(
-            client,
-            data,
-            control,
-            candidate,
-            promise_points=promise,
-            limit=limit,
-            seed=seed,
-            progress=progress,
-        )
-    _print_json(result) if as_json else show.ab_table(result)
-    if result["verdict"] == "broken":
-        raise typer.Exit(1)
+cli_calls.register(app)
 
 
 @app.command()
@@ -340,6 +217,9 @@ def loadtest(
             progress=tick,
         )
     _print_json(result) if as_json else show.load_table(result)
+
+
+cli_live.register(app)
 
 
 @app.command()
@@ -426,16 +306,3 @@ def _print_json(value: Any) -> None:
 
 def _default_url(http: bool) -> str:
     return "127.0.0.1:8000" if http else "127.0.0.1:8001"
-
-
-def _connect(url: str, http: bool, name: str | None, timeout: float) -> Client:
-    from samp_client import connect
-
-    protocol: Any = "http" if http else "grpc"
-    return connect(url or _default_url(http), protocol, model=name, timeout_s=timeout)
-
-
-def _default_tier(client: Client) -> str:
-    """`balanced` where it is served, else the only tier there is, else an error with the list."""
-    tiers = client.tiers()
-    return tiers[0] if len(tiers) == 1 else "balanced"

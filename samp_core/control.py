@@ -6,6 +6,7 @@ import contextlib
 import errno
 import http.client
 import json
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -47,16 +48,33 @@ class Control:
     def unload(self, model: str) -> None:
         self._request("POST", f"/v2/repository/models/{model}/unload")
 
-    def _request(self, method: str, path: str) -> Any:
+    def get(self, path: str) -> Any:
+        """The JSON at a path."""
+        return self._request("GET", path)
+
+    def post(self, path: str, body: Any) -> Any:
+        """The JSON that answers JSON."""
+        return self._request("POST", path, body)
+
+    def text(self, path: str) -> str:
+        """What stands at a path, as text."""
+        return self._call("GET", path, None)[1].decode("utf-8", "replace")
+
+    def _request(self, method: str, path: str, sent: Any = None) -> Any:
+        status, body = self._call(method, path, sent)
+        content = json.loads(body) if body.strip() else None
+        if status != 200:
+            said = content.get("error") if isinstance(content, dict) else None
+            raise ControlError(said or f"HTTP status {status}")
+        return content
+
+    def _call(self, method: str, path: str, sent: Any) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(self.address, timeout=self.timeout_s)
         with contextlib.closing(connection):
-            connection.request(method, path, body=b"{}" if method == "POST" else None)
+            body = json.dumps(sent or {}).encode() if method == "POST" else None
+            connection.request(method, path, body=body)
             response = connection.getresponse()
-            body = response.read()
-        content = json.loads(body) if body.strip() else None
-        if response.status != 200:
-            raise ControlError(content["error"] if isinstance(content, dict) else response.reason)
-        return content
+            return response.status, response.read()
 
 
 def listens(pid: int, port: int) -> bool:
@@ -74,6 +92,21 @@ def listens(pid: int, port: int) -> bool:
                 if str(descriptor.readlink()) in sockets:
                     return True
     return False
+
+
+def stubs(triton: int) -> dict[str, list[int]]:
+    """Model name -> the processes of its instances that live, among the children of a Triton."""
+    found: dict[str, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            # The name, in brackets, may hold anything; after it come the state and the parent.
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) != triton:
+                continue
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"python_backend_stub" in words[0]:
+                model = Path(os.fsdecode(words[1])).parents[1].name
+                found.setdefault(model, []).append(int(folder.name))
+    return found
 
 
 def choose_ports(host: str, wanted: Sequence[int]) -> list[int]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,10 +70,21 @@ def models_folder(out: Path) -> Path:
     return out / "current" / "models"
 
 
-def read_manifest(out: Path) -> Manifest:
-    """The current build's manifest. Raises SampError: no build, damaged, another schema."""
-    current = out / "current"
-    if not current.is_symlink():
+def read_manifest(out: Path, build: str | None = None) -> Manifest:
+    """The manifest of the current build, or of the one named (builds/<build>).
+
+    Raises SampError: no build, none of that name, damaged, another schema.
+    """
+    current = out / "current" if build is None else out / "builds" / build
+    if build is not None and not (current / "manifest.json").is_file():
+        there = [path.parent.name for path in sorted(out.glob("builds/*/manifest.json"))]
+        raise SampError(
+            "unknown_build",
+            f"{out} holds no build {build!r}",
+            ", ".join(there) or "none is there",
+            "name one of these; samp status shows them",
+        )
+    if build is None and not current.is_symlink():
         raise SampError(
             "no_build",
             f"{out} holds no build",
@@ -138,6 +152,23 @@ def check_folder(folder: Path) -> None:
             raise _damaged(str(path), "the file is missing")
         if file_sha256(path) != sha256:
             raise _damaged(str(path), f"its SHA-256 is not the one in {HASHES}")
+
+
+def hold(build: Path) -> int:
+    """Keep a build from being deleted as too old: a descriptor that is held open meanwhile."""
+    descriptor = os.open(build / "manifest.json", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def held(build: Path) -> bool:
+    """Whether some process holds the build."""
+    with contextlib.suppress(OSError), (build / "manifest.json").open("rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def file_sha256(path: Path) -> str:

@@ -158,8 +158,11 @@ def encoder_config(
     threads: int,
     windows: str = "",
     queue_delay_us: int = 0,
+    plan: str = "",
 ) -> ModelConfig:
     """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind.
+
+    plan: in a line, for `samp status`.
 
     windows: JSON of windows.Windows, for token heads that read texts longer than the model.
     """
@@ -173,6 +176,7 @@ def encoder_config(
             "threads": str(threads),
             "tier": tier,
             **({"windows": windows} if windows else {}),
+            **({"plan": plan} if plan else {}),
         },
         queue_delay_us=queue_delay_us,
     )

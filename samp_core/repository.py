@@ -30,7 +30,7 @@ from samp_kernels.interface import Array, EncoderConfig, OutputKind
 from samp_core import heads, model_config
 from samp_core.encoder import save_encoder
 from samp_core.errors import SampError, UsageError
-from samp_core.manifest import HASHES, Manifest, Tier, file_sha256, read_manifest, verify
+from samp_core.manifest import HASHES, Manifest, Tier, file_sha256, held, read_manifest, verify
 from samp_core.plan import Plan
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def write_build(
             output=spec.encoder_output,
             plan_sha256=tier.plan.key(),
             threads=threads,
+            plan=tier.plan.summary(),
             windows="" if text.windows is None else json.dumps(dataclasses.asdict(text.windows)),
         )
         with _version_folder(models, encoder, "encoder") as folder:
@@ -213,16 +214,26 @@ def activate(out: Path, build: Path) -> None:
     _fsync(out)
 
 
-def prune(out: Path, keep: int = KEPT) -> None:
-    """Delete all but the `keep` builds that were made current last; a killed one is swept later."""
+def builds_by_age(out: Path) -> list[Path]:
+    """The builds of a folder: the current one, then those that were current last."""
 
-    def activated(build: Path) -> float:
-        return max((p.stat().st_mtime for p in build.glob("models/*/config.pbtxt")), default=0.0)
+    def activated(build: Path) -> int:
+        times = (p.stat().st_mtime_ns for p in build.glob("models/*/config.pbtxt"))
+        return max(times, default=0)
 
     current = (out / "current").resolve()
-    builds = [p for p in (out / "builds").iterdir() if p.is_dir() and p.suffix != PARTIAL]
-    older = sorted((p for p in builds if p != current), key=activated, reverse=True)
-    for build in older[keep - 1 :]:
+    found = [p.resolve() for p in (out / "builds").glob("*") if p.is_dir() and p.suffix != PARTIAL]
+    return sorted(found, key=lambda p: (p == current, activated(p)), reverse=True)
+
+
+def prune(out: Path, keep: int = KEPT) -> None:
+    """Delete all but the `keep` builds that were made current last; a killed one is swept later.
+
+    One that a server still serves stays (manifest.hold).
+    """
+    for build in builds_by_age(out)[keep:]:
+        if held(build):
+            continue
         doomed = build.with_name(f"old-{build.name}{PARTIAL}")
         build.rename(doomed)
         shutil.rmtree(doomed)

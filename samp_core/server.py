@@ -1,4 +1,4 @@
-"""Start and stop a Triton on the current build of a repository folder.
+"""Start and stop a Triton on the builds of one or several folders, and change builds in it.
 
 A `Server` is one tritonserver in a session of its own, with its model processes. It ends with
 `stop()`, with the process that started it, and leaves nothing in /dev/shm either way.
@@ -12,14 +12,15 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
+from samp_core import activation
+from samp_core.activation import Spec, Step
 from samp_core.control import (
     Control,
     ControlError,
@@ -28,12 +29,14 @@ from samp_core.control import (
     port_in_log,
     raised_text,
     relevant_line,
+    stubs,
     taken_port,
 )
 from samp_core.embedded import Triton, cache_folder, find_triton
-from samp_core.errors import SampError
-from samp_core.manifest import models_folder, read_manifest, verify
+from samp_core.errors import SampError, UsageError
+from samp_core.manifest import Manifest, hold, read_manifest, verify
 from samp_core.shm import Regions
+from samp_core.stage import Stage
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0
@@ -43,6 +46,8 @@ EXIT_TIMEOUT_S = 6
 _HASHED_AT_START = 1 << 20
 _START_ATTEMPTS = 3
 _PR_SET_PDEATHSIG = 1
+# A request that has read the old ensemble takes hold of its models within microseconds.
+_SETTLE_S = 0.25
 
 
 class Server:
@@ -50,7 +55,6 @@ class Server:
 
     def __init__(
         self,
-        out: Path,
         process: subprocess.Popen[bytes],
         regions: Regions,
         host: str,
@@ -58,22 +62,35 @@ class Server:
         log: Path,
     ) -> None:
         host = LOOPBACK if host == "0.0.0.0" else host
-        self.out = out
-        self.models: list[str] = []
         self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
-        self._control = Control(self.http)
         self.log = log
         self.pid = process.pid
+        self._builds: dict[Path, Manifest] = {}
+        self._holds: dict[Path, int] = {}
+        self._view: dict[str, Spec] = {}
+        self._control = Control(self.http)
         self._process = process
         self._regions = regions
+        self._stage = Stage(regions.models)
         self._tiers: list[str] | None = None
+        self._facts: dict[str, Any] = {}
         self._keep_log = False
         self._stopping = threading.Lock()
+
+    @property
+    def models(self) -> list[str]:
+        """What is loaded, in load order."""
+        return list(self._view)
+
+    @property
+    def builds(self) -> dict[Path, str]:
+        """The build that is served of each folder."""
+        return {out: manifest.folder.name for out, manifest in self._builds.items()}
 
     @classmethod
     def start(
         cls,
-        out: Path,
+        out: Path | Sequence[Path],
         *,
         tiers: Sequence[str] | None = None,
         host: str = LOOPBACK,
@@ -83,24 +100,31 @@ class Server:
         log: Path | None = None,
         threads: int | None = None,
         log_batches: bool = False,
+        options: Sequence[str] = (),
     ) -> Server:
-        """Start Triton on `<out>/current/models` and return when every model answers.
+        """Start Triton on the current build of each folder; return when every model answers.
 
         Port 0 is any free one. `threads` overrides the encoder threads of the build. The log goes
         to `log`, else to a file of this user's cache that a clean stop removes. `log_batches`
-        writes one log line for every batch that an encoder runs. Raises SampError: no build,
-        damaged repository, unknown tier, taken port, no Triton, or what Triton died of.
+        writes one log line for every batch that an encoder runs. `options` are Triton's own.
+        Raises SampError: no build, damaged repository, unknown tier, two folders of one model,
+        taken port, no Triton, or what Triton died of.
         """
-        manifest = read_manifest(out)
-        models = manifest.models(tiers)
-        verify(manifest, models=models, largest=_HASHED_AT_START)
+        folders = [out] if isinstance(out, Path) else list(out)
+        builds = {folder.absolute(): read_manifest(folder) for folder in folders}
+        _check_names(builds)
+        view: dict[str, Spec] = {}
+        for manifest in builds.values():
+            models = manifest.models(tiers)
+            verify(manifest, models=models, largest=_HASHED_AT_START)
+            view |= activation.view(manifest, tiers)
         triton = find_triton()
         wanted = (http_port, grpc_port, metrics_port)
         for attempt in range(_START_ATTEMPTS):
             ports = choose_ports(host, wanted)
-            server = cls._launch(out, triton, models, host, ports, log, threads, log_batches)
+            server = cls._launch(view, triton, host, ports, log, threads, log_batches, options)
             try:
-                server._wait_ready(models)
+                server._wait_ready(list(view))
             except _PortTaken as taken:
                 server.stop()
                 if taken.port in wanted or attempt == _START_ATTEMPTS - 1:
@@ -109,31 +133,36 @@ class Server:
             except BaseException:
                 server.stop()
                 raise
-            server.models = models
+            server._builds, server._view = builds, view
+            server._holds = {out: hold(manifest.folder) for out, manifest in builds.items()}
             server._tiers = list(tiers) if tiers else None
+            server.describe(started=time.time(), pid=server.pid, control=None)
             return server
         raise AssertionError
 
     @classmethod
     def _launch(
         cls,
-        out: Path,
+        view: activation.View,
         triton: Triton,
-        models: Sequence[str],
         host: str,
         ports: Sequence[int],
         log: Path | None,
         threads: int | None,
         log_batches: bool,
+        options: Sequence[str],
     ) -> Server:
         regions = Regions.claim(cache_folder() / "run")
         log = log or regions.log
         http_port, grpc_port, metrics_port = ports
+        stage = Stage(regions.models)
+        for name, spec in view.items():
+            stage.put(name, spec)
         command = [
             *triton.command(),
-            f"--model-repository={models_folder(out).absolute()}",
+            f"--model-repository={stage.folder.absolute()}",
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in models),
+            *(f"--load-model={name}" for name in view),
             "--disable-auto-complete-config",
             "--exit-on-error=false",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
@@ -145,6 +174,7 @@ class Server:
             f"--metrics-port={metrics_port}",
             f"--backend-config=python,shm-region-prefix-name={regions.prefix}",
             "--backend-config=python,stub-timeout-seconds=120",
+            *options,
         ]
         environment = triton.environment(os.environ)
         if threads is not None:
@@ -176,7 +206,7 @@ class Server:
                 "a log file that can be written and a Triton that can be run",
                 "choose another log file, or install Triton again",
             ) from None
-        return cls(out, process, regions, host, ports, log)
+        return cls(process, regions, host, ports, log)
 
     def _wait_ready(self, models: Sequence[str]) -> None:
         """Return when all of `models` are READY; raise for the first, in load order, that is not.
@@ -199,23 +229,130 @@ class Server:
                 raise self._load_failure(name, entry.get("reason", ""))
 
     def reload(self) -> list[str]:
-        """Serve what is the current build now: load its models in order, unload what is gone.
+        """Serve the current build of every folder; what `activate` says holds for each."""
+        for out in list(self._builds):
+            self.activate(out)
+        return self.models
 
-        A model that fails to load leaves its predecessor serving, and raises SampError.
+    def activate(
+        self,
+        out: Path,
+        build: str | None = None,
+        *,
+        force: bool = False,
+        again: bool = False,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> dict[str, Any]:
+        """Serve a build of a served folder, the current one by default, while requests go on.
+
+        No request meets models of two builds (activation.py). Whatever fails, what was served
+        before is served again, and SampError is raised. A build that answers with other tensors
+        or labels is refused unless `force`: clients that run would misread it. `again` loads
+        what did not change too: the way back after a model process has died.
         """
-        manifest = read_manifest(self.out)
-        models = manifest.models(self._tiers)
-        verify(manifest, models=models, largest=_HASHED_AT_START)
-        for name in models:
-            try:
-                self._control.load(name)
-            except ControlError as error:
-                raise self._load_failure(name, str(error)) from None
-        for name in reversed(self.models):
-            if name not in models:
-                self._control.unload(name)
-        self.models = models
-        return models
+        out = out.absolute()
+        old = self._builds.get(out)
+        if old is None:
+            served = ", ".join(map(str, self._builds))
+            raise UsageError("not_served", f"{out} is not served here", served, "name one of them")
+        new = read_manifest(out, build)
+        verify(new, models=new.models(self._tiers))
+        _check_names({**self._builds, out: new})
+        if not force:
+            _check_meaning(old, new)
+        mine, after = activation.view(old, self._tiers), activation.view(new, self._tiers)
+        before = {name: self._view[name] for name in mine}
+        dead = self._not_ready()
+        repeated = [name for name in after if again or name in dead]
+        steps = activation.plan(before, after, again=repeated)
+        if old.folder == new.folder and not repeated:
+            steps = []  # all that is current is loaded, and ready
+        held = hold(new.folder)
+        try:
+            self._run(steps, progress)
+        except BaseException:
+            os.close(held)
+            raise
+        os.close(self._holds[out])
+        self._holds[out] = held
+        rest = {name: spec for name, spec in self._view.items() if name not in mine}
+        self._view = {**rest, **after}
+        self._builds[out] = new
+        self.describe()
+        loads = sum(step.after is not None for step in steps)
+        gone = [old.tiers[t].ensemble for t in old.tiers if old.tiers[t].ensemble not in after]
+        return {
+            "repository": str(out),
+            "build": new.folder.name,
+            "before": old.folder.name,
+            "loads": loads,
+            "tiers": list(new.chosen(self._tiers)),
+            "gone": [name for name in gone if name in before],
+        }
+
+    def _run(self, steps: Sequence[Step], progress: Callable[[int, int, str], None] | None) -> None:
+        count = 0
+
+        def do(step: Step) -> None:
+            nonlocal count
+            count += 1
+            if progress is not None:
+                progress(count, len(steps), str(step))
+            self._do(step)
+
+        try:
+            activation.run(steps, do)
+        except activation.WayBackFailed as error:
+            raise SampError(
+                "mixed",
+                f"{error.__cause__}; and so did the way back: {error}",
+                "",
+                f"start the server again; the whole log is in {self.log}",
+            ) from None
+
+    def _do(self, step: Step) -> None:
+        if step.settle:
+            time.sleep(_SETTLE_S)
+        try:
+            if step.after is None:
+                self._control.unload(step.name)
+                self._stage.drop(step.name)
+                return
+            self._stage.put(step.name, step.after)
+            self._control.load(step.name)
+        except (ControlError, OSError) as error:
+            if step.before is None:
+                self._stage.drop(step.name)
+            else:
+                self._stage.put(step.name, step.before)
+            if self.poll() is not None:
+                raise self.died() from None
+            raise self._load_failure(step.name, str(error)) from None
+
+    def _not_ready(self) -> set[str]:
+        """Models whose process has ended: Triton goes on calling them ready."""
+        index = self._control.index()
+        alive = stubs(self.pid)
+        return {
+            name
+            for name, spec in self._view.items()
+            if index.get(name, {}).get("state") != "READY" or not (spec.parts or name in alive)
+        }
+
+    def describe(self, **facts: Any) -> None:
+        """Tell other processes of this user what is served here; `facts` are kept."""
+        self._facts |= facts
+        addresses = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
+        builds = {str(out): build for out, build in self.builds.items()}
+        loaded = {"models": self.models, "tiers": self._tiers, "log": str(self.log)}
+        self._regions.describe(
+            {**self._facts, **addresses, "triton": self.pid, "builds": builds, **loaded}
+        )
+
+    @property
+    def prefix(self) -> str:
+        """The name of this server among all that this user runs; new for each."""
+        return self._regions.prefix
 
     def ready_line(self) -> dict[str, Any]:
         """What `samp serve` prints as JSON when everything answers."""
@@ -260,6 +397,8 @@ class Server:
             # Clean or not: a model process may outlive its Triton, in the same process group.
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
+            for descriptor in self._holds.values():
+                os.close(descriptor)
             self._regions.release(keep_log=self._keep_log)
 
     def __enter__(self) -> Server:
@@ -299,42 +438,34 @@ class Server:
         return ""
 
 
-def serve_forever(server: Server, ready: Callable[[], None] | None = None) -> None:
-    """Wait until SIGINT or SIGTERM stops the server; SIGHUP reloads the current build.
+def _check_names(builds: dict[Path, Manifest]) -> None:
+    models = [manifest.model for manifest in builds.values()]
+    for model in models:
+        if models.count(model) > 1:
+            where = [str(out) for out, manifest in builds.items() if manifest.model == model]
+            raise UsageError(
+                "same_model",
+                f"model {model} in {' and '.join(where)}",
+                "each model once",
+                "build one of them with another --name, or serve them apart",
+            )
 
-    `ready` is called once the signals are handled: whoever reads "ready" may send one at once.
-    Raises SampError when Triton ends by itself. For the main thread.
-    """
-    # Plain names: a handler that set an Event would wait for ever on the lock that wait() holds.
-    asked = changed = False
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
+def _check_meaning(old: Manifest, new: Manifest) -> None:
+    """Refuse a build that running clients would misread."""
+    for what in ("model", "task", "labels"):
+        before, after = getattr(old, what), getattr(new, what)
+        if before != after:
+            raise SampError(
+                "other_meaning",
+                f"build {new.folder.name}: {what} {_listed(after)}",
+                f"{_listed(before)}, which clients of the running server rely on",
+                "serve it beside this one; or --force, and connect clients again",
+            )
 
-    def reload(_number: int, _frame: FrameType | None) -> None:
-        nonlocal changed
-        changed = True
 
-    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop, signal.SIGHUP: reload}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        if ready is not None:
-            ready()
-        while not asked:
-            time.sleep(0.1)
-            if server.poll() is not None:
-                raise server.died()
-            if changed:
-                changed = False
-                try:
-                    server.reload()
-                except SampError as error:  # what was served before still is
-                    print(error, file=sys.stderr, flush=True)
-    finally:
-        server.stop()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _listed(value: Any) -> str:
+    return str(value) if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
 
 
 class _PortTaken(Exception):

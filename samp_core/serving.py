@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from samp_core.windows import Windows
 
 if TYPE_CHECKING:
     from samp_core.heads import Head
+    from samp_core.meters import Meters
     from samp_core.rows import Text
     from samp_core.text import Encoding, TextEncoder
 
@@ -31,10 +33,14 @@ WARM_UP = ((1, 16), (8, 64))
 
 
 class RequestError(Exception):
-    """One request is wrong: what came and what is allowed. The others of its batch go on."""
+    """One request is wrong: what came and what is allowed. The others of its batch go on.
 
-    def __init__(self, given: str, allowed: str) -> None:
+    reason: the word that refused requests are counted under.
+    """
+
+    def __init__(self, given: str, allowed: str, reason: str = "shape") -> None:
         super().__init__(f"{given}; allowed: {allowed}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,17 @@ class Tokenizer:
     text: TextEncoder
     inputs: tuple[str, ...] = ("TEXT",)
     places: bool = False
+    meters: Meters | None = None
 
     @classmethod
-    def load(cls, folder: Path, args: Mapping[str, str]) -> Tokenizer:
+    def load(cls, folder: Path, args: Mapping[str, str], meters: Meters | None = None) -> Tokenizer:
         """`args` are Triton's: which tensors go in and out stands in the model's config."""
         from samp_core.text import TextEncoder
 
         check_folder(folder)
         outputs = tensor_names(args, "output")
-        return cls(TextEncoder.load(folder), tensor_names(args, "input"), "OFFSETS" in outputs)
+        inputs = tensor_names(args, "input")
+        return cls(TextEncoder.load(folder), inputs, "OFFSETS" in outputs, meters)
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All texts of all requests in one call of the tokenizer."""
@@ -74,6 +82,8 @@ class Tokenizer:
                 ids[index, : lengths[index]] = row.ids
                 types[index, : lengths[index]] = row.types
             truncated = np.array([[row.truncated] for row in mine], dtype=np.bool_)
+            if self.meters is not None and truncated.any():
+                self.meters.add("samp_truncated_total", int(truncated.sum()))
             result = {"IDS": ids, "TYPES": types, "LENGTHS": lengths[:, None]}
             results.append({**result, "TRUNCATED": truncated, **self._places(mine, ids)})
         return results
@@ -105,10 +115,15 @@ class Encoder:
     output: OutputKind
     log: Callable[[str], None] | None = None
     windows: Windows | None = None
+    meters: Meters | None = None
 
     @classmethod
     def load(
-        cls, folder: Path, parameters: Mapping[str, str], log: Callable[[str], None] | None = None
+        cls,
+        folder: Path,
+        parameters: Mapping[str, str],
+        log: Callable[[str], None] | None = None,
+        meters: Meters | None = None,
     ) -> Encoder:
         """Check the files, prepare the plan's backend, run the warm-up.
 
@@ -123,11 +138,15 @@ class Encoder:
         session = load_session(folder, threads=threads)
         log = log if os.environ.get("SAMP_LOG_BATCHES") else None
         windows = Windows(**json.loads(parameters["windows"])) if "windows" in parameters else None
-        model = cls(session, config, output, log, windows)
+        model = cls(session, config, output, log, windows, meters)
         for rows, tokens in WARM_UP:
             ids = np.zeros((rows, min(tokens, model.longest)), dtype=np.int32)
             lengths = np.full((rows, 1), ids.shape[1], dtype=np.int32)
             model._encode([(ids, ids, lengths)])
+        if meters is not None:
+            build = ("build", parameters.get("build", ""))
+            for precision, count in Counter(session.executed().values()).items():
+                meters.gauge("samp_sites", count, (("precision", precision), build))
         return model
 
     @property
@@ -146,6 +165,9 @@ class Encoder:
             if not isinstance(error, RequestError)
         ]
         features = iter(self._encode(good) if good else [])
+        if self.meters is not None and good:
+            lengths = np.concatenate([inputs[2] for inputs in good])
+            self.meters.batch(len(lengths), int(lengths.sum()), int(lengths.max()))
         return [
             error if isinstance(error, RequestError) else {self._name: next(features)}
             for error in checked
@@ -202,7 +224,8 @@ class Encoder:
         for row, length in enumerate(lengths[:, 0].tolist()):
             if not 1 <= length <= longest:
                 what = "the width of IDS" if longest == width else "the model's positions"
-                raise RequestError(f"LENGTHS row {row}: {length}", f"1 to {longest}, {what}")
+                given = f"LENGTHS row {row}: {length}"
+                raise RequestError(given, f"1 to {longest}, {what}", "length")
         real = np.arange(width) < lengths
         for name, values, limit in (
             ("IDS", ids, self.config.vocab),
@@ -211,9 +234,8 @@ class Encoder:
             wrong = real & ((values < 0) | (values >= limit))
             if wrong.any():
                 row, column = np.argwhere(wrong)[0].tolist()
-                raise RequestError(
-                    f"{name} row {row}, token {column}: {values[row, column]}", f"0 to {limit - 1}"
-                )
+                given = f"{name} row {row}, token {column}: {values[row, column]}"
+                raise RequestError(given, f"0 to {limit - 1}", "range")
 
     def close(self) -> None:
         self.session.close()
@@ -268,7 +290,8 @@ class TaskHead:
             given = f"OFFSETS {list(offsets.shape)}, WORD_IDS {list(words.shape)}"
             raise RequestError(given, f"the rows and tokens of TOKEN_LOGITS, {list(shape)}")
         if not ((lengths >= 1) & (lengths <= shape[1])).all():
-            raise RequestError(f"LENGTHS {lengths[:, 0].tolist()[:8]}", f"1 to {shape[1]}")
+            given = f"LENGTHS {lengths[:, 0].tolist()[:8]}"
+            raise RequestError(given, f"1 to {shape[1]}", "length")
         rows = [
             TokenRow(logits[i, :n], offsets[i, :n], words[i, :n])
             for i, n in enumerate(lengths[:, 0].tolist())
@@ -297,6 +320,7 @@ def execute(
     requests: Sequence[Any],
     inputs: Sequence[str],
     run: Callable[[Sequence[Inputs]], list[Outputs | RequestError]],
+    meters: Meters | None = None,
 ) -> list[Any]:
     """One response for each request, in order. `backend` is triton_python_backend_utils.
 
@@ -312,6 +336,11 @@ def execute(
     except Exception as error:
         backend.Logger.log_error(f"{type(error).__name__}: {error}")
         results = [error] * len(requests)
+    if meters is not None:
+        for result in results:
+            if isinstance(result, Exception):
+                reason = result.reason if isinstance(result, RequestError) else "internal"
+                meters.add("samp_refused_total", 1, (("reason", reason),))
     return [_response(backend, result) for result in results]
 
 
@@ -342,6 +371,8 @@ def _decode(text: Array, name: str) -> list[Any]:
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise RequestError(
-                f"{name} row {row}: byte 0x{byte:02x} at {error.start} is not UTF-8", "UTF-8 text"
+                f"{name} row {row}: byte 0x{byte:02x} at {error.start} is not UTF-8",
+                "UTF-8 text",
+                "not_utf8",
             ) from None
     return texts

@@ -35,6 +35,7 @@ def write_tiny(
     default_tier: str = "exact",
     head: str = "classification",
     backend: str = "reference",
+    max_length: int = MAX_LENGTH,
 ) -> Path:
     """Write a build of random weights made from `seed` and make it the current one."""
     weights = tiny_weights(seed)
@@ -52,8 +53,8 @@ def write_tiny(
             task="classification",
             head=head,
             labels=LABELS,
-            max_length=MAX_LENGTH,
-            text=tiny_text(),
+            max_length=max_length,
+            text=tiny_text(max_length),
             head_weights=tiny_head(seed) if head == "classification" else {},
             encoder_config=CONFIG,
             tiers={name: TierFiles(plan, weights) for name in tiers},
@@ -63,10 +64,10 @@ def write_tiny(
         )
 
 
-def tiny_text() -> TextEncoder:
+def tiny_text(max_length: int = MAX_LENGTH) -> TextEncoder:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(VOCABULARY))
-        return TextEncoder.load(folder, MAX_LENGTH)
+        return TextEncoder.load(folder, max_length)
 
 
 def tiny_weights(seed: int) -> dict[str, Array]:

@@ -8,17 +8,22 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from samp_core import serving
+from samp_core.meters import Meters
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        parameters = serving.parameters(args)
+        self._meters = Meters.start(pb_utils, args, parameters["tier"])
+        folder = Path(__file__).resolve().parent
         self._encoder = serving.Encoder.load(
-            Path(__file__).resolve().parent, serving.parameters(args), pb_utils.Logger.log_info
+            folder, parameters, pb_utils.Logger.log_info, self._meters
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         inputs = ("IDS", "TYPES", "LENGTHS")
-        return serving.execute(pb_utils, requests, inputs, self._encoder.run)
+        return serving.execute(pb_utils, requests, inputs, self._encoder.run, self._meters)
 
     def finalize(self) -> None:
+        self._meters.flush()
         self._encoder.close()

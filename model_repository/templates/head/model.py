@@ -8,11 +8,17 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from samp_core import serving
+from samp_core.meters import Meters
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        self._meters = Meters.start(pb_utils, args)
         self._head = serving.TaskHead.load(Path(__file__).resolve().parent, args)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return serving.execute(pb_utils, requests, self._head.inputs, self._head.run)
+        run = self._head.run
+        return serving.execute(pb_utils, requests, self._head.inputs, run, self._meters)
+
+    def finalize(self) -> None:
+        self._meters.flush()

@@ -8,11 +8,19 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from samp_core import serving
+from samp_core.meters import Meters
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self._tokenizer = serving.Tokenizer.load(Path(__file__).resolve().parent, args)
+        self._meters = Meters.start(pb_utils, args)
+        self._tokenizer = serving.Tokenizer.load(
+            Path(__file__).resolve().parent, args, self._meters
+        )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return serving.execute(pb_utils, requests, self._tokenizer.inputs, self._tokenizer.run)
+        run = self._tokenizer.run
+        return serving.execute(pb_utils, requests, self._tokenizer.inputs, run, self._meters)
+
+    def finalize(self) -> None:
+        self._meters.flush()

@@ -1,0 +1,168 @@
+"""Commands around a running server: serve, activate, rollback, status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samp_core.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+Folder = Annotated[Path, typer.Argument(help="A build's output folder.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Also a build of another task or other labels.")
+]
+
+
+def serve(
+    folders: Annotated[
+        list[str],
+        typer.Argument(help="Builds' output folders; after --, options of Triton itself."),
+    ],
+    tiers: Annotated[str | None, typer.Option(help="Only these, separated by commas.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="0: any free one.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(help="0: any free one.")] = 8002,
+    threads: Annotated[int | None, typer.Option(help="Encoder threads.")] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Load a folder's new build when it becomes current.")
+    ] = False,
+    otlp: Annotated[
+        str | None, typer.Option(help="Send OpenTelemetry traces to this collector over HTTP.")
+    ] = None,
+    otlp_every: Annotated[int, typer.Option(help="Trace one request of so many.")] = 1000,
+    log: Annotated[Path | None, typer.Option(help="Keep Triton's log here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start Triton on one or several builds and print its addresses; Ctrl-C stops it."""
+    from samp_core import show
+    from samp_core.serve_loop import serve_forever
+    from samp_core.server import Server
+
+    end = next((i for i, word in enumerate(folders) if word.startswith("-")), len(folders))
+    options = folders[end:]
+    if otlp is not None:
+        options += tracing(otlp, otlp_every)
+    if not folders[:end]:
+        raise UsageError("usage", "no folder", "a build's output folder", "name one")
+    if not as_json:
+        show.err.print("  starting Triton ...")
+    server = Server.start(
+        [Path(word) for word in folders[:end]],
+        tiers=tiers.split(",") if tiers else None,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        log=log,
+        threads=threads,
+        options=options,
+    )
+
+    def ready() -> None:
+        if as_json:
+            print(json.dumps(server.ready_line(), ensure_ascii=False), flush=True)
+            return
+        parts = ("tokenizer_", "encoder_", "head_")
+        names = ", ".join(name for name in server.models if not name.startswith(parts))
+        show.out.print(
+            f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
+            f"metrics http://{server.metrics}/metrics  pid {server.pid}\ntiers: {names}",
+            soft_wrap=True,
+        )
+
+    serve_forever(server, ready, watch=watch)
+    if not as_json:
+        show.err.print("stopped")
+
+
+def tracing(url: str, every: int) -> list[str]:
+    """Triton's options for traces to an OTLP collector; docs/operating.md says what they hold."""
+    if "://" not in url or every < 1:
+        raise UsageError(
+            "bad_trace",
+            f"--otlp {url} --otlp-every {every}",
+            "http://host:4318/v1/traces, and 1 or more",
+            "correct it",
+        )
+    settings = ("level=TIMESTAMPS", f"rate={every}", "mode=opentelemetry")
+    exporter = (f"opentelemetry,url={url}", "opentelemetry,resource=service.name=samp")
+    return [f"--trace-config={setting}" for setting in (*settings, *exporter)]
+
+
+def activate(
+    folder: Folder,
+    build: Annotated[str | None, typer.Option(help="Default: the current build.")] = None,
+    force: Force = False,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Load what did not change, too; mends a dead model.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Serve a build in the running server of a folder, without a failed request."""
+    from samp_core import live
+
+    _activate(live.activate, folder, build, force, reload, as_json)
+
+
+def rollback(folder: Folder, force: Force = False, as_json: Json = False) -> None:
+    """Serve the build that was current before this one."""
+    from samp_core import live
+
+    _activate(live.activate, folder, live.previous(folder), force, False, as_json)
+
+
+def _activate(
+    run: Any, folder: Path, build: str | None, force: bool, again: bool, as_json: bool
+) -> None:
+    from samp_core import show
+
+    def step(index: int, of: int, what: str) -> None:
+        show.err.print(f"  {index} of {of}: {what}", soft_wrap=True)
+
+    made = run(folder, build, force=force, again=again, step=step)
+    if as_json:
+        print(json.dumps(made, ensure_ascii=False), flush=True)
+        return
+    for server in made["servers"]:
+        gone = f"; tiers gone: {', '.join(server['gone'])}" if server["gone"] else ""
+        show.out.print(
+            f"server {server['grpc']} (pid {server['pid']}): build {server['build']} is served, "
+            f"before {server['before']}; {server['loads']} loads{gone}",
+            soft_wrap=True,
+        )
+    if not made["servers"]:
+        show.out.print("no server runs on it; the next samp serve takes it", soft_wrap=True)
+    show.out.print(f"current: {made['build']}, before {made['before']}", soft_wrap=True)
+
+
+def status(
+    target: Annotated[
+        str | None, typer.Argument(help="A served folder or HTTP host:port; default: all here.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option(help="Ask each tier one short text, to see that it answers.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Tiers, plans and times of the running servers; exit 1 if something there is dead."""
+    from samp_core import show_live
+    from samp_core.status import status as look
+
+    found = look(target, probe=probe)
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False), flush=True)
+    else:
+        for server in found:
+            show_live.server(server)
+    if not all(server["ok"] for server in found):
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    for command in (serve, activate, rollback, status):
+        app.command()(command)

@@ -1,0 +1,54 @@
+"""The model repository that one server of ours is pointed at: a view of builds, its own alone.
+
+A model here is config.pbtxt and a fresh folder `1` of links into its build. Triton reloads a model
+only when its version folder became newer or its configuration differs, so that builds themselves,
+which are older when one goes back, would not do; and nothing is written into a build.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from samp_core.activation import Spec
+
+BUILD = "build"
+CONFIG = "config.pbtxt"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`folder` is the --model-repository."""
+
+    folder: Path
+
+    def put(self, name: str, spec: Spec) -> None:
+        """Write model `name` so that the next load takes it, also when nothing in it differs.
+
+        Its configuration gets the parameter `build`, and an ensemble its steps' aliases.
+        """
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2 as pb
+
+        model = self.folder / name
+        text = (spec.source / CONFIG).read_text(encoding="utf-8")
+        message = text_format.Parse(text, pb.ModelConfig())
+        message.name = name
+        message.parameters[BUILD].string_value = spec.build
+        aliases = dict(spec.aliases)
+        for step in message.ensemble_scheduling.step:
+            step.model_name = aliases.get(step.model_name, step.model_name)
+        version = model / "1"
+        shutil.rmtree(version, ignore_errors=True)
+        version.mkdir(parents=True)
+        for path in sorted((spec.source / "1").iterdir()):
+            if path.is_file():
+                (version / path.name).symlink_to(path.resolve())
+        written = model / f"{CONFIG}.{os.getpid()}"
+        written.write_text(text_format.MessageToString(message), encoding="utf-8")
+        written.replace(model / CONFIG)
+
+    def drop(self, name: str) -> None:
+        shutil.rmtree(self.folder / name, ignore_errors=True)
