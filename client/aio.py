@@ -194,7 +194,7 @@ class AsyncClient:
 
     def stream(
         self,
-        texts: Iterable[Row] | AsyncIterable[Row],
+        texts: Iterable[Row | None] | AsyncIterable[Row | None],
         tier: str | None = None,
         timeout_s: float | None = None,
         rows: int | None = None,
@@ -205,8 +205,9 @@ class AsyncClient:
         """Each text's answer or error, in the order of the texts, which need never end.
 
         At most twice `concurrency` requests of texts are held at a time: a slow reader slows the
-        source down. Of a source that pauses, what has come so far is sent. timeout_s: for each
-        request; total_s: for all of it, DeadlineExceeded; first: the index of the first text.
+        source down. When an asynchronous source pauses, or any gives None, what has come so far
+        is sent. timeout_s: for each request; total_s: for all of it, DeadlineExceeded; first: the
+        index of the first text.
         Wrap it in contextlib.aclosing where you may stop before its end.
         """
         return stream(self, texts, tier, timeout_s, rows, total_s, first)

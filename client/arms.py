@@ -75,7 +75,7 @@ class _Experiment(Generic[_Caller]):
             if client is None:
                 raise BadRequest("neither client nor arms", "one of them", "give client=...")
             named = {*weights, *filter(None, [fallback])}
-            arms = {name: Arm[_Caller](client, name) for name in named}
+            arms = {name: Arm(client, name) for name in named}
         try:
             sticky_arm("", weights)
         except ValueError as error:
@@ -86,7 +86,7 @@ class _Experiment(Generic[_Caller]):
                 f"no arm {', '.join(sorted(unknown))}", ", ".join(arms), "name one of these"
             )
         self.weights = dict(weights)
-        self.arms = dict(arms)
+        self.arms: dict[str, Arm[_Caller]] = dict(arms)
         self.fallback = fallback
         self._key = key
         self._record = record

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 # Answered groups wait for the one before them; twice as many as are asked at once is enough for
 # one slow request not to stop the others.
 _WINDOW = 2
+# How long a source that gave None, and cannot be awaited, is left alone.
+_PAUSE_S = 0.005
 
 
 async def stream(
     client: AsyncClient,
-    texts: Iterable[Row] | AsyncIterable[Row],
+    texts: Iterable[Row | None] | AsyncIterable[Row | None],
     tier: str | None,
     timeout_s: float | None,
     rows: int | None,
@@ -83,7 +85,9 @@ async def stream(
         await asyncio.gather(producer, *under_way, return_exceptions=True)
 
 
-async def _groups(texts: Iterable[Row] | AsyncIterable[Row], most: int) -> AsyncIterator[list[Row]]:
+async def _groups(
+    texts: Iterable[Row | None] | AsyncIterable[Row | None], most: int
+) -> AsyncIterator[list[Row]]:
     """Consecutive groups of at most `most` rows and about batches.MAX_BYTES bytes."""
     group: list[Row] = []
     size = 0
@@ -107,11 +111,15 @@ async def _groups(texts: Iterable[Row] | AsyncIterable[Row], most: int) -> Async
         await source.aclose()  # type: ignore[attr-defined]
 
 
-async def _rows(texts: Iterable[Row] | AsyncIterable[Row]) -> AsyncIterator[Row | None]:
+async def _rows(
+    texts: Iterable[Row | None] | AsyncIterable[Row | None],
+) -> AsyncIterator[Row | None]:
     """Each row, and None each time that an asynchronous source makes us wait."""
     if not isinstance(texts, AsyncIterable):
         for row in texts:
             yield row
+            if row is None:
+                await asyncio.sleep(_PAUSE_S)
         return
     source = texts.__aiter__()
     while True:
@@ -134,7 +142,7 @@ async def _rows(texts: Iterable[Row] | AsyncIterable[Row]) -> AsyncIterator[Row 
         yield found[0]
 
 
-async def _next(source: AsyncIterator[Row]) -> tuple[Row] | None:
+async def _next(source: AsyncIterator[Row | None]) -> tuple[Row | None] | None:
     """The next row, alone in a tuple: a StopAsyncIteration cannot pass through a task."""
     try:
         return (await source.__anext__(),)
