@@ -40,7 +40,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test lint format bench bench-encoder bench-served bench-serving peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test lint format kernels gpu-check bench bench-encoder bench-served bench-serving peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,7 +89,7 @@ test: demo-checkpoint ## every test that this machine can run
 lint: $(VENV)/.ok ## ruff, clang-format and strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run -Werror kernels/cpu/src/*
+	@$(BIN)/clang-format --dry-run -Werror kernels/*/src/*
 	@mkdir -p build/types
 	@$(foreach pair,$(TYPED),ln -sfn ../../$(lastword $(subst :, ,$(pair))) \
 	    build/types/$(firstword $(subst :, ,$(pair)));)
@@ -99,7 +99,13 @@ lint: $(VENV)/.ok ## ruff, clang-format and strict types
 format: $(VENV)/.ok ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i kernels/cpu/src/*
+	@$(BIN)/clang-format -i kernels/*/src/*
+
+kernels: $(VENV)/.ok ## compile the CUDA kernels for every architecture (no GPU needed)
+	@$(BIN)/python -m samp_kernels.cuda.build
+
+gpu-check: ## on a machine with an NVIDIA GPU, CuPy and torch: check and time the CUDA kernels
+	@$(firstword $(wildcard $(BIN)/python) python3) benchmarks/gpu_check.py
 
 bench: demo-checkpoint peers ## every benchmark (a quiet machine, about an hour)
 	@$(BIN)/python benchmarks/encoder.py

@@ -52,12 +52,15 @@ def export_weights(
         for site in GEMM_SITES:
             name = f"layer.{layer}.{site}"
             precision = plan.precision(name)
-            if precision == "fp32":
+            if precision in ("fp32", "fp16"):  # Stored as fp32; a backend that runs fp16 packs it.
                 continue
             entry = plan.sites[name]
             if precision != "int8" or entry.recipe is None:
                 raise SampError(
-                    "unsupported_precision", f"{name}: {precision}", "fp32, int8", "edit the plan"
+                    "unsupported_precision",
+                    f"{name}: {precision}",
+                    "fp32, fp16, int8",
+                    "edit the plan",
                 )
             if entry.recipe.smooth is not None or entry.recipe.rounding != "nearest":
                 raise SampError(

@@ -1,0 +1,139 @@
+"""Every kernel and tile compiles for every architecture, to the instructions that were meant."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+import pytest
+from samp_kernels.cuda import build
+from samp_kernels.cuda.units import (
+    ARCHITECTURES,
+    SOURCES,
+    all_units,
+    content_key,
+    cubin_name,
+    number,
+    units_by_name,
+)
+from samp_kernels.interface import KernelError
+
+needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor nvcc")
+# Registers of a thread: two blocks of 256 threads, or four of 128, fit into 65,536.
+MOST_REGISTERS = {256: 128, 128: 128}
+THREADS = {"128x128": 256, "128x64": 256}
+
+
+def find_disassembler() -> str:
+    packaged = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin", "nvdisasm")
+    return str(packaged) if packaged.is_file() else shutil.which("nvdisasm") or ""
+
+
+@pytest.fixture(scope="module")
+def cubins() -> dict[tuple[str, str], Path]:
+    """All of them: compiled where they are not there (under a minute on two cores)."""
+    paths = iter(build.build(quiet=True))
+    return {(arch, unit.name): next(paths) for arch in ARCHITECTURES for unit in all_units()}
+
+
+@cache
+def disassembled(path: Path) -> str:
+    command = [find_disassembler(), "-c", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("unit", [unit.name for unit in all_units()])
+def test_sass(unit: str, architecture: str, cubins: dict[tuple[str, str], Path]) -> None:
+    """The MMA that was meant and no other, no local memory, registers under the cap."""
+    path = cubins[architecture, unit]
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    if not find_disassembler():
+        pytest.skip("no nvdisasm (package nvidia-cuda-nvdisasm)")
+    text = disassembled(path)
+    found = set(re.findall(r"\b([IH]MMA\.\d+)", text))
+    assert found == meant(unit, architecture)
+    assert not re.search(r"\b(LDL|STL)\b", text), "a value lives in local memory"
+    if (unit.startswith("gemm_") and unit != "gemm_fp32") or unit.startswith("attention_fp16"):
+        assert "LDSM" in text
+    if number(architecture) >= 80 and unit.startswith(("gemm_int8", "gemm_fp16")):
+        assert "LDGSTS" in text, "no asynchronous copies"
+    for kernel in units_by_name()[unit].kernels:
+        assert f".text.{kernel}" in text
+    cap = MOST_REGISTERS[THREADS.get(units_by_name()[unit].tile, 128)]
+    registers = [
+        int(n) for n in re.findall(r"SHI_REGISTERS=(\d+)|EIATTR_REGCOUNT.*?(\d+)", text) if n
+    ]
+    assert registers
+    assert max(registers) <= cap
+
+
+def meant(unit: str, architecture: str) -> set[str]:
+    """m16n8k32 s8 and m16n8k16 f16 from sm_80 on; m8n8k16 and m16n8k8 before."""
+    old = number(architecture) < 80
+    integer, half = ("IMMA.8816", "HMMA.1688") if old else ("IMMA.16832", "HMMA.16816")
+    found = set()
+    if unit.startswith("gemm_int8") or (unit.startswith("attention") and "int8" in unit):
+        found.add(integer)
+    if unit.startswith("gemm_fp16") or (unit.startswith("attention") and "fp16" in unit):
+        found.add(half)
+    return found
+
+
+def test_a_missing_cubin_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMP_CUBINS", str(tmp_path))
+    with pytest.raises(build.MissingKernel, match=r"no rows for sm_80.*make kernels.*--arch sm_80"):
+        build.find_cubin(units_by_name()["rows"], "sm_80")
+
+
+@needs_nvrtc
+def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMP_CUBINS", str(tmp_path))
+    monkeypatch.setattr(build, "all_units", lambda: (units_by_name()["gemm_fp32"],))
+    (path,) = build.build(["sm_80"], quiet=True)
+    first = path.stat().st_mtime_ns
+    assert build.find_cubin(units_by_name()["gemm_fp32"], "sm_80") == path
+    assert build.build(["sm_80"], quiet=True) == [path]
+    assert path.stat().st_mtime_ns == first
+    build.build(["sm_80"], again=True, quiet=True)
+    assert path.stat().st_mtime_ns != first
+
+
+@needs_nvrtc
+def test_a_source_that_does_not_compile_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "source_text", lambda name: "__global__ void f() { wrong }")
+    if build.nvrtc() is None:
+        pytest.skip("nvcc reads the file itself")
+    with pytest.raises(KernelError, match=r"gemm_f32\.cu.*wrong"):
+        build.compile_unit(units_by_name()["gemm_fp32"], "sm_80")
+
+
+def test_the_key_changes_with_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit = units_by_name()["gemm_int8_64x64"]
+    keys = {content_key(unit, architecture) for architecture in ARCHITECTURES}
+    assert len(keys) == len(ARCHITECTURES)
+    assert content_key(unit, "sm_80") != content_key(units_by_name()["gemm_fp16_64x64"], "sm_80")
+    assert cubin_name(unit, "sm_80").startswith("gemm_int8_64x64-sm_80-")
+
+
+def test_ptx_stands_in_two_files() -> None:
+    """What stands there has a twin for the CPU; a kernel that wrote PTX itself could not run."""
+    with_ptx = {
+        path.name
+        for path in SOURCES.iterdir()
+        if re.search(r"\basm\b", path.read_text()) and path.name != "cuda_on_cpu.h"
+    }
+    assert with_ptx == {"mma.cuh", "copy.cuh"}
+
+
+def test_the_command_line_refuses_an_unknown_architecture() -> None:
+    command = [sys.executable, "-m", "samp_kernels.cuda.build", "--arch", "sm_42"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "sm_90a" in done.stderr
