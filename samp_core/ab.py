@@ -1,6 +1,6 @@
 """Two tiers on the same texts, and what the answers say of a promise: the object of `samp ab`.
 
-The client collects the records; the statistics are those of evaluate.py.
+The client collects the records; the statistics are those of evaluate.py, by the task's metric.
 """
 
 from __future__ import annotations
@@ -10,31 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from samp_core import evaluate
-from samp_core.data import Rows, Text, read_rows
+import numpy as np
+from samp_kernels.interface import Array
+
+from samp_core import ab_tasks, evaluate
+from samp_core.ab_tasks import Record
+from samp_core.data import Rows, Text, gold_values, make_rows, read_rows
 from samp_core.errors import SampError
+from samp_core.metrics import Bootstrapped
 from samp_core.tasks import TASKS, Task
 
 ALPHA = 0.05
 CONFIDENCE = 0.95
 _QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-
-
-class Record(Protocol):
-    """One text sent to one arm. id: the text's place, as a string; error: None if answered."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def arm(self) -> str: ...
-    @property
-    def label(self) -> str | None: ...
-    @property
-    def scores(self) -> tuple[float, ...] | None: ...
-    @property
-    def latency_ms(self) -> float: ...
-    @property
-    def error(self) -> str | None: ...
 
 
 class Tier(Protocol):
@@ -72,20 +60,36 @@ Progress = Callable[[str, int], Callable[[], None]]
 
 @dataclass(frozen=True)
 class _Pair:
-    """Both arms' answers to one text."""
+    """Both arms' answers to one row: one record each, or two where a row is two texts to embed."""
 
     index: int
-    control: Record
-    candidate: Record
+    control: tuple[Record, ...]
+    candidate: tuple[Record, ...]
 
     @property
     def answered(self) -> bool:
-        return self.control.error is None and self.candidate.error is None
+        return not _error(self.control) and not _error(self.candidate)
 
     @property
     def failed(self) -> bool:
-        """Neither arm answered: the text's fault, or the server's, but no arm's."""
-        return self.control.error is not None and self.candidate.error is not None
+        """Neither arm answered: the row's fault, or the server's, but no arm's."""
+        return _error(self.control) and _error(self.candidate)
+
+
+@dataclass(frozen=True)
+class _Drop:
+    """What the answered rows say: fractions of the metric, control minus candidate.
+
+    upper, lower: one-sided bounds that take every row which one arm alone answered as the
+    candidate's loss, and as its gain; needed: rows that would decide a promise, None: no number.
+    """
+
+    values: tuple[float, float]
+    ci95: tuple[float, float]
+    upper: float
+    lower: float
+    mcnemar: dict[str, Any] | None
+    needed: Callable[[float], int | None]
 
 
 def compare(
@@ -101,7 +105,7 @@ def compare(
 ) -> dict[str, Any]:
     """Send the texts of a file to two tiers and report; see `report`.
 
-    data: jsonl, csv or tsv with `text`, and `label` where known; promise_points: the drop to
+    data: jsonl, csv or tsv with the task's columns, gold where known; promise_points: the drop to
     judge by, in points, else the one that the candidate was built for; limit: only the first rows.
     SampError for what the file lacks, the client's own errors for tiers and server.
     """
@@ -109,17 +113,24 @@ def compare(
         raise SampError("ab_limit", f"limit {limit}", "1 or more", "raise it or leave it out")
     if not Path(data).is_file():
         read_rows(data)  # says what is wrong, without a server
-    rows, labelled = _read(Path(data), _task(client.describe(candidate)))
-    texts = rows.texts[:limit]
-    gold = rows.labels[:limit] if labelled else None
+    tier = client.describe(candidate)
+    task = ab_tasks.task_of(tier.kind, len(tier.inputs))
+    rows, labelled = _read(Path(data), task)
+    rows = make_rows(rows.texts[:limit], rows.labels[:limit], rows.source)
     classes = client.labels()
-    _check_gold(gold, texts, classes)
-    points = client.describe(candidate).promise if promise_points is None else promise_points
+    gold: Any = rows.labels if labelled else None
+    _check_gold(task, gold, rows.texts, classes)
+    if labelled and task.gold != "label":
+        gold = gold_values(rows, task.gold, classes)
+    points = tier.promise if promise_points is None else promise_points
     promise = None if points is None else points / 100
     _check_promise(promise)
-    step = progress(f"{control} and {candidate}", len(texts)) if progress else None
+    asked: Sequence[Any] = rows.texts
+    if task.gold_optional and isinstance(rows.texts[0], tuple):
+        asked = [text for row in rows.texts for text in row]
+    step = progress(f"{control} and {candidate}", len(asked)) if progress else None
     records = client.compare(
-        texts,
+        asked,
         control,
         candidate,
         seed=seed,
@@ -127,13 +138,14 @@ def compare(
     )
     return report(
         records,
-        texts,
+        rows.texts,
         control=control,
         candidate=candidate,
         promise=promise,
         gold=gold,
         classes=classes,
         seed=seed,
+        task=task,
     )
 
 
@@ -144,114 +156,197 @@ def report(
     control: str,
     candidate: str,
     promise: float | None,
-    gold: Sequence[str] | None = None,
+    gold: Any = None,
     classes: Sequence[str] = (),
     seed: int = 0,
+    task: Task = TASKS["classification"],
 ) -> dict[str, Any]:
     """The `ab` object: agreement, accuracy, paired difference, latency, verdict, differing texts.
 
-    promise: the largest drop of accuracy that the candidate may show, a fraction (0.01 is one
-    point), or None to judge by none; gold: the right labels of `texts`, if known; classes: the
-    labels that the model can answer, to catch a file that writes them otherwise (SampError).
+    promise: the largest drop of the metric that the candidate may show, a fraction (0.01 is one
+    point), or None to judge by none; gold: of each row, if known: its label, or as
+    data.gold_values gives it; classes: the labels that the model can answer, to catch a file that
+    writes them otherwise (SampError).
 
-    n counts the texts that both arms answered; differences are fractions, control minus candidate;
-    latencies milliseconds of one-text requests. Beyond the pinned keys: `failed` requests by arm,
-    and the verdict's `reason`. A text that one arm alone failed counts against a verdict,
+    n counts the rows that both arms answered; differences are fractions, control minus candidate;
+    latencies milliseconds of one-text requests. Beyond the pinned keys: the `metric` and its
+    `values`, `failed` requests by arm, and the verdict's `reason`. accuracy and mcnemar are null
+    where the metric is another: the difference is then bounded by the paired bootstrap over rows
+    with one row added that the candidate gets wholly wrong (for a lower end: wholly right).
+    Embeddings without gold are judged by their cosine to the control's. agreement: the share of
+    equal answers; of scores the arms' correlation, of vectors their mean cosine, and `differing`
+    is then the 20 rows farthest apart. A row that one arm alone failed counts against a verdict,
     whichever way it goes.
     """
     _check_promise(promise)
-    _check_gold(gold, texts, classes)
-    pairs = _pair(list(records), control, candidate)
+    _check_gold(task, gold, texts, classes)
+    given = list(records)
+    pairs = _pair(given, control, candidate, len(texts))
     answered = [pair for pair in pairs if pair.answered]
     one_sided = sum(not pair.answered and not pair.failed for pair in pairs)
-    same = [pair.control.label == pair.candidate.label for pair in answered]
-    compared = _compare(answered, gold, one_sided, promise)
+    kind = ab_tasks.kind_of(task)
+    apart = [kind.distance(pair.control, pair.candidate) for pair in answered]
+    agreement: float | None = None
+    if answered and kind.agreement is None:
+        agreement = sum(gap == 0 for gap in apart) / len(answered)
+    elif answered and kind.agreement is not None:
+        agreement = kind.agreement([p.control for p in answered], [p.candidate for p in answered])
+    differing = [place for place, gap in enumerate(apart) if gap > 0]
+    if not kind.counted:
+        farthest = sorted(differing, key=lambda place: apart[place], reverse=True)
+        differing = sorted(farthest[: ab_tasks.MOST_SHOWN])
+    arms = {
+        name: [record for record in given if record.arm == name] for name in (control, candidate)
+    }
     return {
         "control": control,
         "candidate": candidate,
         "n": len(answered),
-        "agreement": sum(same) / len(answered) if answered else None,
-        **compared,
-        "latency_ms": {
-            control: _latency([pair.control for pair in pairs], seed),
-            candidate: _latency([pair.candidate for pair in pairs], seed),
-        },
-        "differing": [
-            _difference(pair, texts, gold)
-            for pair, equal in zip(answered, same, strict=True)
-            if not equal
-        ],
+        "agreement": agreement,
+        **_compare(task, answered, gold, classes, one_sided, promise, seed),
+        "latency_ms": {name: _latency(found, seed) for name, found in arms.items()},
+        "differing": [_difference(answered[place], texts, gold, kind) for place in differing],
         "failed": {
-            control: sum(pair.control.error is not None for pair in pairs),
-            candidate: sum(pair.candidate.error is not None for pair in pairs),
+            name: sum(record.error is not None for record in found) for name, found in arms.items()
         },
     }
 
 
 def _compare(
-    answered: Sequence[_Pair], gold: Sequence[str] | None, one_sided: int, promise: float | None
+    task: Task,
+    answered: Sequence[_Pair],
+    gold: Any,
+    classes: Sequence[str],
+    one_sided: int,
+    promise: float | None,
+    seed: int,
 ) -> dict[str, Any]:
-    """accuracy, mcnemar, difference, verdict, reason; null where no gold label or answer is."""
-    if gold is None or not answered:
+    """metric to reason; null where there is no gold to judge by, or no answer."""
+    if not answered or (gold is None and not task.gold_optional):
         why = "no labels: only agreement can be judged" if answered else "no text was answered"
-        return {
-            "accuracy": None,
-            "mcnemar": None,
-            "difference": None,
-            "verdict": "undecided",
-            "reason": why,
-        }
-    control_right = [pair.control.label == gold[pair.index] for pair in answered]
-    candidate_right = [pair.candidate.label == gold[pair.index] for pair in answered]
-    b, c, n = evaluate.paired_counts(control_right, candidate_right)
-    interval = evaluate.tango_interval(b, c, n, CONFIDENCE)
-    verdict, reason = _judge(b, c, n, one_sided, promise)
+        empty = dict.fromkeys(("metric", "values", "accuracy", "mcnemar", "difference"))
+        return {**empty, "verdict": "undecided", "reason": why}
+    metric = ab_tasks.metric_of(task, classes, gold is not None)
+    chosen = gold if gold is None else _chosen(gold, [pair.index for pair in answered])
+    control, candidate = (
+        ab_tasks.measure(task, metric, arm, chosen, classes, [pair.control for pair in answered])
+        for arm in ([p.control for p in answered], [p.candidate for p in answered])
+    )
+    if isinstance(metric, Bootstrapped):
+        drop = _bootstrapped(metric, control, candidate, one_sided, seed)
+    else:
+        drop = _counted(control, candidate, one_sided)
+    values = dict(zip(("control", "candidate"), drop.values, strict=True))
+    verdict, reason = _judge(drop, len(answered), one_sided, promise)
     return {
-        "accuracy": {"control": sum(control_right) / n, "candidate": sum(candidate_right) / n},
-        "mcnemar": {"b": b, "c": c, "p": evaluate.mcnemar_exact(b, c)},
-        "difference": {"value": (b - c) / n, "ci95": list(interval)},
+        "metric": metric.name,
+        "values": values,
+        "accuracy": values if metric.name == "accuracy" else None,
+        "mcnemar": drop.mcnemar,
+        "difference": {"value": _change(drop, control, candidate), "ci95": list(drop.ci95)},
         "verdict": verdict,
         "reason": reason,
     }
 
 
-def _judge(b: int, c: int, n: int, one_sided: int, promise: float | None) -> tuple[str, str]:
-    """The verdict, and in words why.
+def _counted(control: Array, candidate: Array, one_sided: int) -> _Drop:
+    """Accuracy: Tango's score intervals of the rows that changed."""
+    b, c, n = evaluate.paired_counts(control, candidate)
 
-    The texts that only one arm answered could have gone either way: the upper bound takes them
-    all as the candidate's losses, the lower bound as its gains.
-    """
-    upper = evaluate.drop_upper_bound(b + one_sided, c, n + one_sided, ALPHA)
-    lower = evaluate.drop_lower_bound(b, c + one_sided, n + one_sided, ALPHA)
+    def needed(promise: float) -> int | None:
+        try:
+            return evaluate.examples_needed(promise, (b + c) / n, max(0.0, (b - c) / n))
+        except ValueError:
+            return None
+
+    return _Drop(
+        (float(control.mean()), float(candidate.mean())),
+        evaluate.tango_interval(b, c, n, CONFIDENCE),
+        evaluate.drop_upper_bound(b + one_sided, c, n + one_sided, ALPHA),
+        evaluate.drop_lower_bound(b, c + one_sided, n + one_sided, ALPHA),
+        {"b": b, "c": c, "p": evaluate.mcnemar_exact(b, c)},
+        needed,
+    )
+
+
+def _bootstrapped(
+    metric: Bootstrapped, control: Array, candidate: Array, one_sided: int, seed: int
+) -> _Drop:
+    """F1, correlation, cosine: the paired bootstrap, with a row that stretches each end."""
+    good, bad = (np.asarray(row, np.float64) for row in metric.worst(control))
+
+    def drops(one: Array, other: Array, extra: int) -> Array:
+        first, second = (
+            np.concatenate([np.asarray(arm, np.float64), np.tile(row, (extra, 1))])
+            for arm, row in ((control, one), (candidate, other))
+        )
+        return evaluate.paired_bootstrap(first, second, metric.statistic, (one, other), seed=seed)
+
+    def ends(extra: int) -> tuple[Array, Array]:
+        return drops(bad, good, extra), drops(good, bad, extra)
+
+    tail = (1 - CONFIDENCE) / 2
+    low, high = ends(0)
+    interval = float(np.quantile(low, tail)), float(np.quantile(high, 1 - tail))
+    if one_sided:
+        low, high = ends(one_sided)
+
+    def needed(promise: float) -> int | None:
+        test = metric.test(control, candidate, promise, ALPHA)
+        said = metric.needed(test, control, candidate).replace(",", "")
+        return int(said) if said.isdigit() else None
+
+    return _Drop(
+        (metric.value(control), metric.value(candidate)),
+        interval,
+        float(np.quantile(high, 1 - ALPHA)),
+        float(np.quantile(low, ALPHA)),
+        None,
+        needed,
+    )
+
+
+def _judge(drop: _Drop, n: int, one_sided: int, promise: float | None) -> tuple[str, str]:
+    """The verdict, and in words why."""
     if promise is None:
-        span = f"the drop may be {_points(lower)} to {_points(upper)}"
+        span = f"the drop may be {_points(drop.lower)} to {_points(drop.upper)}"
         return "undecided", f"{span}; no promise to judge it by"
     promised = f"the promise is at most {_points(promise)}"
     if one_sided:
         promised += f"; {one_sided} texts failed in one arm and count against the verdict"
-    if upper <= promise:
-        return "holds", f"the drop is at most {_points(upper)} with 95% confidence; {promised}"
-    if lower > promise:
-        return "broken", f"the drop is at least {_points(lower)} with 95% confidence; {promised}"
-    span = f"the drop may be {_points(lower)} to {_points(upper)}; {promised}"
-    try:
-        needed = evaluate.examples_needed(promise, (b + c) / n, max(0.0, (b - c) / n))
-    except ValueError:
+    if drop.upper <= promise:
+        reason = f"the drop is at most {_points(drop.upper)} with 95% confidence; {promised}"
+        return "holds", reason
+    if drop.lower > promise:
+        reason = f"the drop is at least {_points(drop.lower)} with 95% confidence; {promised}"
+        return "broken", reason
+    span = f"the drop may be {_points(drop.lower)} to {_points(drop.upper)}; {promised}"
+    needed = drop.needed(promise)
+    if needed is None:
         return "undecided", f"{span}; the drop seen is too near the promise to be decided"
     if needed <= n:
         return "undecided", f"{span}; another {n} texts may decide it"
     return "undecided", f"{span}; about {needed} texts would decide it"
 
 
-def _pair(records: Sequence[Record], control: str, candidate: str) -> list[_Pair]:
-    """Both arms' records by text, in the texts' order; ValueError if they do not match."""
+def _pair(records: Sequence[Record], control: str, candidate: str, rows: int) -> list[_Pair]:
+    """Both arms' records by row, in the rows' order; ValueError if they do not match."""
     arms: dict[str, dict[int, Record]] = {control: {}, candidate: {}}
     for record in records:
         arms[record.arm][int(record.id)] = record
     first, second = arms[control], arms[candidate]
     if first.keys() != second.keys() or len(records) != len(first) + len(second):
         raise ValueError("expected one record of each arm for every text")
-    return [_Pair(index, first[index], second[index]) for index in sorted(first)]
+    width = 2 if len(first) == 2 * rows else 1
+    places = sorted(first)
+    return [
+        _Pair(
+            places[start] // width,
+            tuple(first[place] for place in places[start : start + width]),
+            tuple(second[place] for place in places[start : start + width]),
+        )
+        for start in range(0, len(places), width)
+    ]
 
 
 def _latency(records: Sequence[Record], seed: int) -> dict[str, Any]:
@@ -267,22 +362,47 @@ def _latency(records: Sequence[Record], seed: int) -> dict[str, Any]:
     }
 
 
-def _difference(pair: _Pair, texts: Sequence[Text], gold: Sequence[str] | None) -> dict[str, Any]:
+def _difference(
+    pair: _Pair, texts: Sequence[Text], gold: Any, kind: ab_tasks.Kind
+) -> dict[str, Any]:
     return {
-        "id": pair.control.id,
+        "id": str(pair.index),
         "text": texts[pair.index],
-        "label": None if gold is None else gold[pair.index],
-        "control": {"label": pair.control.label, "scores": list(pair.control.scores or ())},
-        "candidate": {"label": pair.candidate.label, "scores": list(pair.candidate.scores or ())},
+        "label": None if gold is None else _plain(gold[pair.index]),
+        "control": kind.shown(pair.control),
+        "candidate": kind.shown(pair.candidate),
     }
 
 
-def _check_gold(gold: Sequence[str] | None, texts: Sequence[Text], classes: Sequence[str]) -> None:
+def _plain(gold: Any) -> Any:
+    """Gold as JSON has it."""
+    if isinstance(gold, (frozenset, set)):
+        return [{"start": start, "end": end, "label": label} for start, end, label in sorted(gold)]
+    return gold.tolist() if isinstance(gold, (np.ndarray, np.generic)) else gold
+
+
+def _chosen(gold: Any, places: Sequence[int]) -> Any:
+    if isinstance(gold, np.ndarray):
+        return gold[np.asarray(places)]
+    return [gold[place] for place in places]
+
+
+def _change(drop: _Drop, control: Array, candidate: Array) -> float:
+    if drop.mcnemar is not None:  # exact in whole counts
+        return float((drop.mcnemar["b"] - drop.mcnemar["c"]) / len(control))
+    return drop.values[0] - drop.values[1]
+
+
+def _error(records: Sequence[Record]) -> bool:
+    return any(record.error is not None for record in records)
+
+
+def _check_gold(task: Task, gold: Any, texts: Sequence[Text], classes: Sequence[str]) -> None:
     if gold is None:
         return
     if len(gold) != len(texts):
         raise ValueError(f"expected one label per text, got {len(gold)} for {len(texts)}")
-    foreign = sorted(set(gold) - set(classes)) if classes else []
+    foreign = sorted(set(gold) - set(classes)) if classes and task.gold == "label" else []
     if foreign:
         raise SampError(
             "ab_labels",
@@ -302,25 +422,17 @@ def _check_promise(promise: float | None) -> None:
         )
 
 
-def _task(tier: Tier) -> Task:
-    """What the rows of a comparison hold. SampError where a tier answers no single label."""
-    if tier.kind != "classification":
-        raise SampError(
-            "ab_task", f"tiers that answer {tier.kind}", "tiers that answer one label a text",
-            "compare them by their own metric: samp build does",
-        )  # fmt: skip
-    return TASKS["pairs" if len(tier.inputs) == 2 else "classification"]
-
-
 def _read(path: Path, task: Task) -> tuple[Rows, bool]:
-    """The rows, and whether they are labelled; a jsonl where only some rows are is an error."""
+    """The rows, and whether they have gold; a jsonl where only some rows have is an error."""
     try:
-        return read_rows(path, task=task), True
+        rows = read_rows(path, task=task)
+        return rows, "" not in rows.labels
     except SampError as error:
         # A table has a column or has not; in jsonl `"label"` can only be a key or a whole value.
-        if error.code != "data_columns" or (
-            path.suffix.lower() == ".jsonl" and b'"label"' in path.read_bytes()
-        ):
+        key = f'"{task.gold}"'.encode()
+        tags = task.gold == "entities" and b'"tags"' in path.read_bytes()
+        found = path.suffix.lower() == ".jsonl" and (tags or key in path.read_bytes())
+        if error.code != "data_columns" or found:
             raise
     return read_rows(path, labelled=False, task=task), False
 

@@ -139,7 +139,7 @@ def ab_table(result: Mapping[str, Any]) -> None:
     rows = []
     for arm in (result["control"], result["candidate"]):
         times = result["latency_ms"][arm]
-        right = result["accuracy"][_side(result, arm)] if result["accuracy"] else None
+        right = result["values"][_side(result, arm)] if result["values"] else None
         cells = []
         for mark in ("p50", "p95", "p99"):
             if times[mark] is None:
@@ -148,17 +148,23 @@ def ab_table(result: Mapping[str, Any]) -> None:
             low, high = times["ci95"][mark]
             cells.append(f"{times[mark]:.2f} [{low:.2f}, {high:.2f}]")
         rows.append((arm, "-" if right is None else f"{right * 100:.2f}", *cells))
-    headings = ("arm", "accuracy %", "p50 ms [95%]", "p95 ms [95%]", "p99 ms [95%]")
+    headings = (
+        "arm",
+        f"{result['metric'] or 'metric'} %",
+        "p50 ms [95%]",
+        "p95 ms [95%]",
+        "p99 ms [95%]",
+    )
     table(f"A/B over {result['n']} texts", headings, rows)
     if result["agreement"] is not None:
-        out.print(f"agreement {result['agreement'] * 100:.2f}%, {len(result['differing'])} differ")
+        differ = f"{len(result['differing'])} differ" if result["mcnemar"] else ""
+        out.print(f"agreement {result['agreement'] * 100:.2f}%{', ' if differ else ''}{differ}")
     if result["difference"] is not None:
         low, high = (100 * end for end in result["difference"]["ci95"])
         m = result["mcnemar"]
-        out.print(
-            f"difference {result['difference']['value'] * 100:.2f} points [{low:.2f}, {high:.2f}]; "
-            f"McNemar b={m['b']} c={m['c']} p={m['p']:.3g}"
-        )
+        test = f"; McNemar b={m['b']} c={m['c']} p={m['p']:.3g}" if m else ""
+        value = result["difference"]["value"] * 100
+        out.print(f"difference {value:.2f} points [{low:.2f}, {high:.2f}]{test}")
     out.print(f"verdict: {result['verdict']} ({result['reason']})", soft_wrap=True)
 
 

@@ -67,6 +67,8 @@ def test_the_pinned_object():
         "differing",
         "reason",
         "failed",
+        "metric",
+        "values",
     }
     assert (found["control"], found["candidate"], found["n"]) == ("exact", "fast", 4)
     assert found["agreement"] == 0.5
