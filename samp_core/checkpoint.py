@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     config = encoder_config(hf, folder)
     files = _weight_files(folder)
     state = dict(_read_state(files))
-    tensors = _tensors(state, config, hf, folder)
-    digest = hashlib.sha256(json.dumps(hf, sort_keys=True).encode())
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
-    return Checkpoint(
-        folder, config, hf, tensors, state, _labels(hf, config_file), digest.hexdigest()
-    )
+    tensors = encoder_tensors(state, config, hf, folder)
+    sha256 = _content_sha256(hf, files)
+    return Checkpoint(folder, config, hf, tensors, state, _labels(hf, config_file), sha256)
+
+
+def checkpoint_sha256(folder: Path) -> str | None:
+    """The `sha256` that a checkpoint of this folder has; None where the folder holds none."""
+    try:
+        hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _content_sha256(hf, _weight_files(folder))
+    except (OSError, ValueError, SampError):
+        return None
 
 
 def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
@@ -129,6 +132,15 @@ def encoder_config(hf: Mapping[str, Any], folder: Path) -> EncoderConfig:
 def _pad(hf: Mapping[str, Any]) -> int:
     pad = hf.get("pad_token_id")
     return 1 if pad is None else int(pad)
+
+
+def _content_sha256(hf: Mapping[str, Any], files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(json.dumps(hf, sort_keys=True).encode())
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _labels(hf: Mapping[str, Any], file: Path) -> tuple[str, ...]:
@@ -194,7 +206,7 @@ def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
                 yield name, tensor.float().numpy()
 
 
-def _tensors(
+def encoder_tensors(
     state: Mapping[str, Array], config: EncoderConfig, hf: Mapping[str, Any], folder: Path
 ) -> dict[str, Array]:
     """The encoder's tensors under our names, as families.py says."""
