@@ -28,6 +28,7 @@ import encoder_models
 import limits
 import machine
 import numpy as np
+import perf_analyzer
 import psutil
 import store
 from rich.console import Console
@@ -49,6 +50,8 @@ MAX_LENGTH = 128
 # The most rows that Triton makes one batch of.
 LARGEST_BATCH = 64
 ROLES = ("tokenizer", "encoder", "head")
+PERF = ".perf.json"  # beside the texts, as perf_analyzer reads them
+CLIENTS = ("perf_analyzer", "closed-loop", "locust")
 # (model, texts a request) -> the share of the in-process throughput that issue 5 wants.
 TARGETS = {
     ("bert-base", 1): 0.80,
@@ -77,17 +80,20 @@ class Found:
 
     rps: list[float] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
+    p95_ms: list[float] = field(default_factory=list)  # where only each round's figures are known
     costs: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Meter:
     """Triton's counters of every model, and the CPU seconds of every process that takes part."""
 
-    def __init__(self, server: Server, models: Mapping[str, str], client: int) -> None:
+    def __init__(self, server: Server, models: Mapping[str, str], client: int | None) -> None:
         self._http = server.http
         self._models = models
         family = psutil.Process(server.pid)
-        self._processes = {"triton": family, "client": psutil.Process(client)}
+        self._processes = {"triton": family}
+        if client is not None:
+            self._processes["client"] = psutil.Process(client)
         for process in family.children(recursive=True):
             command = " ".join(process.cmdline())
             for role, model in models.items():
@@ -208,8 +214,9 @@ def measure(
             for turn, index in itertools.product(range(options.rounds), range(len(turns))):
                 kind, what = turns[(turn + index) % len(turns)]
                 if kind == "served":
-                    meter = Meter(server, models, client.pid)
-                    one_turn(client, server, entry.ensemble, what, found[what], options)
+                    pid = client.pid if options.client == "closed-loop" else None
+                    meter = Meter(server, models, pid)
+                    one_turn(client, server, entry.ensemble, what, found[what], texts, options)
                     found[what].costs.append(meter.cost())
                 else:
                     answer = process.ask(batch=what, seconds=options.seconds, warm_s=options.warm)
@@ -225,20 +232,30 @@ def one_turn(
     ensemble: str,
     load: Load,
     found: Found,
+    texts: Path,
     options: argparse.Namespace,
 ) -> None:
     if options.client == "locust":
         from samp_loadtest.run import run_loadtest
 
-        texts = encoder_models.reviews()["verification"]
+        reviews = encoder_models.reviews()["verification"]
         figures = run_loadtest(
             server.grpc, tier(options.precision), users=load.concurrency, rows=load.rows,
-            seconds=max(3.0, options.seconds), texts=texts,
+            seconds=max(3.0, options.seconds), texts=reviews,
         )[tier(options.precision)]  # fmt: skip
         if figures["failures"]:
             raise SystemExit(f"bench: {figures['failures']} requests failed")
         found.rps.append(figures["rps"])
         found.latencies_ms.append(figures["p50"])
+        return
+    if options.client == "perf_analyzer":
+        rps, p50, p95 = perf_analyzer.load(
+            server.grpc, ensemble, texts.with_suffix(PERF),
+            concurrency=load.concurrency, rows=load.rows, seconds=options.seconds,
+        )  # fmt: skip
+        found.rps.append(rps)
+        found.latencies_ms.append(p50)
+        found.p95_ms.append(p95)
         return
     result = client.ask(
         url=server.grpc,
@@ -296,6 +313,8 @@ def row(
         "path": middle(found.costs),
         "python_ms_a_text": dict(python),
     }
+    if found.p95_ms:
+        made["ours_ms"]["p95"] = round(statistics.median(found.p95_ms), 3)
     if wanted is not None:
         verdict = {"wanted": wanted, "found": round(share, 4), "met": share >= wanted}
         made["targets"] = {"share_in_process": verdict}
@@ -365,7 +384,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
     parser.add_argument("--warm", type=float, default=1.0, help="seconds before each measurement")
-    parser.add_argument("--client", default="closed-loop", choices=["closed-loop", "locust"])
+    parser.add_argument("--client", default="perf_analyzer", choices=CLIENTS)
     parser.add_argument("--results", type=Path, help="folder; default: results/ for a whole run")
     parser.add_argument("--quick", action="store_true", help="proves that it runs; no figures")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
@@ -391,6 +410,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="samp-bench-") as scratch:
         file = Path(scratch) / "texts.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        perf_analyzer.write_texts(texts, file.with_suffix(PERF))
         for name in options.models:
             out = write_repository(name, options.precision, backend.name, options.threads)
             made, triton = measure(name, out, file, loads, options)
