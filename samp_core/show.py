@@ -148,13 +148,8 @@ def ab_table(result: Mapping[str, Any]) -> None:
             low, high = times["ci95"][mark]
             cells.append(f"{times[mark]:.2f} [{low:.2f}, {high:.2f}]")
         rows.append((arm, "-" if right is None else f"{right * 100:.2f}", *cells))
-    headings = (
-        "arm",
-        f"{result['metric'] or 'metric'} %",
-        "p50 ms [95%]",
-        "p95 ms [95%]",
-        "p99 ms [95%]",
-    )
+    metric = f"{result['metric'] or 'metric'} %"
+    headings = ("arm", metric, "p50 ms [95%]", "p95 ms [95%]", "p99 ms [95%]")
     table(f"A/B over {result['n']} texts", headings, rows)
     if result["agreement"] is not None:
         differ = f"{len(result['differing'])} differ" if result["mcnemar"] else ""
