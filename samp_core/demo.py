@@ -162,6 +162,7 @@ def print_next(folder: Path) -> None:
         f"""
 Try next (. .venv/bin/activate):
   samp serve {folder}
+  samp report {folder}    # one page: tiers, plans, tests, sites
   samp predict --tier fast "a warm, funny and moving film"
   samp ab --control exact --candidate balanced --data {DATA}
   samp loadtest --tier fast=3,exact=1 --users 16 --seconds 20

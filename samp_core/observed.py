@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from samp_kernels.interface import Array, Batch
+from samp_kernels.interface import Array, Batch, OutputKind
 
-from samp_core.encoder import OutputKind
 from samp_core.pipeline import batches
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench
