@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from samp_kernels.cpu import state
 
-from samp_core import cache, calibrate, heads, metrics, tasks
+from samp_core import cache, heads, metrics, recipes, tasks
 from samp_core.allocate import Candidate
 from samp_core.backends import choose_backend
 from samp_core.checkpoint import load_checkpoint
@@ -26,7 +26,7 @@ from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.errors import SampError
 from samp_core.latency import SINGLE
 from samp_core.observed import observed
-from samp_core.plan import Plan, Recipe, mode_plan
+from samp_core.plan import Plan, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
 from samp_core.search import Clock, Found, Search, forget_best, loss_note, loss_report, weigh
@@ -37,7 +37,6 @@ from samp_core.workbench import (
     Split,
     Workbench,
     forwards,
-    recipes,
     silent,
     versions,
 )
@@ -76,7 +75,8 @@ def build(
         metric = metrics.of(bench.task, bench.checkpoint.labels, scored)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
-        modes = plan_modes(config, bench, calibration, search)
+        facts: dict[str, Any] = {}
+        modes = plan_modes(config, bench, calibration, search, facts)
         if config.strategy == "samp" or len(modes) == 1:
             found = Found(modes, measure_modes(config, bench, modes, search, metric))
         else:
@@ -116,6 +116,7 @@ def build(
             "candidates": [asdict(c) for c in candidates.values()],
             "splits": split_facts(splits),
             "warnings": warnings,
+            **facts,
             "plans": {name: plans[name].summary() for name in candidates},
             "tiers": {
                 name: {"plan": c.plan, "met": c.met, "ci95": list(measured[name].ci95)}
@@ -238,40 +239,26 @@ def split_facts(splits: Splits) -> dict[str, dict[str, Any]]:
 
 
 def plan_modes(
-    config: BuildConfig, bench: Workbench, calibration: Split, search: Split
+    config: BuildConfig,
+    bench: Workbench,
+    calibration: Split,
+    search: Split,
+    record: dict[str, Any] | None = None,
 ) -> dict[str, Plan]:
-    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the calibrator that loses least."""
+    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least.
+
+    How those were found goes into `record`.
+    """
     base = bench.base_plan()
-    sites = bench.quantizable()
     plans = {FLOAT: replace(base, versions=versions())}
-    if not sites:
+    if not bench.quantizable():
         return plans
-    ranges = bench.ranges(calibration)
-    layers = base.layers
-    reference = bench.logits(base, search, "search: float")
-    best: tuple[float, Recipe, Plan] | None = None
-    options = recipes(config.calibrator, config.percentile)
-    for recipe in options:
-        scaled = replace(
-            base,
-            scales=calibrate.scales(ranges, recipe),
-            outliers=calibrate.outliers(ranges, recipe),
-            versions=versions(),
-        )
-        if len(options) == 1:
-            best = (0.0, recipe, scaled)
-            break
-        name = recipe.calibrator + (f" {recipe.percentile}" if recipe.percentile else "")
-        plan = mode_plan(scaled, "full", layers, sites, recipe)
-        logits = bench.logits(plan, search, f"compare calibrators: {name}")
-        loss = bench.divergence(reference, logits)
-        if best is None or loss < best[0]:
-            best = (loss, recipe, scaled)
-    assert best is not None
-    _, recipe, scaled = best
+    chosen = recipes.choose(config, bench, calibration, search)
+    if record is not None:
+        record["calibration"] = chosen.record
     for kind in ("ffn_only", "full"):
-        for k in range(1, layers + 1):
-            plan = mode_plan(scaled, kind, k, sites, recipe)  # type: ignore[arg-type]
+        for k in range(1, base.layers + 1):
+            plan = mode_plan(chosen.scaled, kind, k, bench.quantizable(), chosen.recipes)  # type: ignore[arg-type]
             plans[str(plan.mode)] = plan
     return plans
 

@@ -15,10 +15,8 @@ from samp_kernels.interface import GEMM_SITES, Array, Batch, OutputKind
 
 from samp_core.encoder import LoopSession
 from samp_core.errors import SampError
-from samp_core.plan import Recipe
-
-BINS = 8192
-QMAX = 127.0
+from samp_core.plan import Recipe, Recipes, recipe_of
+from samp_core.reach import BINS, QMAX, reach
 
 Ranges = Mapping[str, Array]
 """name -> histogram [BINS] of |x| over [0, amax]; beside it `<name>.amax` [1] and
@@ -78,54 +76,39 @@ def observe(
     return ranges
 
 
-def scales(ranges: Ranges, recipe: Recipe) -> dict[str, float]:
-    """The static scale of every site under a recipe's calibrator, by stored name.
+def scales(ranges: Ranges, recipes: Recipes) -> dict[str, float]:
+    """The static scale of every site, by stored name: how far its calibrator reaches, / 127.
 
-    minmax: amax / 127. percentile: the magnitude below which that share of all values lies, / 127.
-    The channels that the recipe splits off are left out of a GEMM's input.
+    Of a mapping, those of its sites only. The channels that a recipe splits off are left out of a
+    GEMM's input. See reach.py for the calibrators.
     """
     result: dict[str, float] = {}
     for name in _sites(ranges):
+        site = name if _is_gemm(name) else name.rsplit(".", 1)[0]
+        if not isinstance(recipes, Recipe) and site not in recipes:
+            continue
+        recipe = recipe_of(recipes, site)
         histogram, width, amax = _values(ranges, name, recipe)
-        if recipe.calibrator == "percentile":
-            reach = min(percentile(histogram, width, recipe.percentile or 99.99), amax)
-        elif recipe.calibrator == "minmax":
-            reach = amax
-        else:
-            raise SampError(
-                "unknown_calibrator", recipe.calibrator, "minmax, percentile", "choose one"
-            )
-        key = (
-            f"{name}_scale" if ".scores." in name or ".context." in name else f"{name}.input_scale"
+        found = (
+            amax if recipe.calibrator == "minmax" else min(reach(histogram, width, recipe), amax)
         )
-        result[key] = max(reach, 1e-8) / QMAX
-    for layer in dict.fromkeys(name.split(".")[1] for name in _sites(ranges)):
-        # A softmax never exceeds 1.
-        result[f"layer.{layer}.context.p_scale"] = 1.0 / QMAX
+        key = f"{name}.input_scale" if _is_gemm(name) else f"{name}_scale"
+        result[key] = max(found, 1e-8) / QMAX
+        if name.endswith(".v"):
+            result[f"{site}.p_scale"] = 1.0 / QMAX  # A softmax never exceeds 1.
     return result
 
 
-def outliers(ranges: Ranges, recipe: Recipe) -> dict[str, list[int]]:
-    """The channels that the recipe splits off of each GEMM's input, largest magnitude first."""
-    if not recipe.outliers:
-        return {}
-    return {
-        name: np.argsort(-ranges[f"{name}.channels"], kind="stable")[: recipe.outliers].tolist()
-        for name in _sites(ranges)
-        if _is_gemm(name)
-    }
-
-
-def percentile(histogram: Array, amax: float, percent: float) -> float:
-    """The magnitude that `percent` of the values do not exceed; a bin's upper edge.
-
-    The histogram may be cut: it holds the first of BINS bins over [0, amax].
-    """
-    total = int(histogram.sum())
-    if total == 0:
-        return amax
-    index = int(np.searchsorted(np.cumsum(histogram), total * percent / 100.0))
-    return amax * (min(index, BINS - 1) + 1) / BINS
+def outliers(ranges: Ranges, recipes: Recipes) -> dict[str, list[int]]:
+    """The channels that recipes split off of each GEMM's input, largest magnitude first."""
+    found: dict[str, list[int]] = {}
+    for name in filter(_is_gemm, _sites(ranges)):
+        if isinstance(recipes, Recipe) or name in recipes:
+            count = recipe_of(recipes, name).outliers
+            largest = np.argsort(-ranges[f"{name}.channels"], kind="stable")[:count]
+            if count:
+                found[name] = largest.tolist()
+    return found
 
 
 def _values(ranges: Ranges, name: str, recipe: Recipe) -> tuple[Array, float, float]:

@@ -174,19 +174,6 @@ def explain(
     _print_json(made) if as_json else show.explained(made)
 
 
-@app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A build's output folder.")],
-    out: Annotated[Path | None, typer.Option(help="Default: report.html in that folder.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Write one HTML page about a build, for any browser, offline."""
-    from samp_core.report import report as run
-
-    made = run(folder, out)
-    _print_json(made) if as_json else print(made["page"])
-
-
 cli_calls.register(app)
 
 

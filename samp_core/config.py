@@ -78,7 +78,8 @@ class BuildConfig(_Strict):
     default_tier: str = ""
     backend: Literal["auto", "cpu", "onednn", "reference"] = "auto"
     threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
-    calibrator: Literal["auto", "minmax", "percentile"] = "auto"
+    calibrator: Literal["auto", "minmax", "percentile", "mse", "entropy"] = "auto"
+    activation: Literal["auto", "static", "token"] = "auto"
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     max_length: Annotated[int, Field(ge=4)] | None = None
     stride: Annotated[int, Field(ge=0)] | None = None

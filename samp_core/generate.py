@@ -136,12 +136,10 @@ def _with_scales(config: GenerateConfig, bench: Workbench, name: str, plan: Plan
             "give --data, so that the scales are calibrated",
         )
     ranges = bench.ranges(bench.split(read_splits(config.build, []).calibration))
-    scales: dict[str, float] = {}
-    outliers: dict[str, list[int]] = {}
-    for site, entry in plan.sites.items():
-        if entry.precision in QUANTIZED and entry.recipe is not None:
-            made = calibrate.scales(ranges, entry.recipe)
-            scales.update({k: v for k, v in made.items() if k.startswith(f"{site}.")})
-            channels = calibrate.outliers(ranges, entry.recipe)
-            outliers.update({k: v for k, v in channels.items() if k == site})
+    recipes = {
+        site: entry.recipe
+        for site, entry in plan.sites.items()
+        if entry.precision in QUANTIZED and entry.recipe is not None
+    }
+    scales, outliers = calibrate.scales(ranges, recipes), calibrate.outliers(ranges, recipes)
     return replace(plan, scales=scales, outliers=outliers)

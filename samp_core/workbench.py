@@ -261,13 +261,3 @@ def versions() -> dict[str, str]:
 def forwards() -> int:
     """Encoder passes of this process so far."""
     return encoder.FORWARDS
-
-
-def recipes(calibrator: str, percent: float) -> Sequence[Recipe]:
-    """The recipes to try; `auto` compares them on the search split."""
-    minmax = Recipe(calibrator="minmax")
-    if calibrator == "minmax":
-        return (minmax,)
-    if calibrator == "percentile":
-        return (Recipe(calibrator="percentile", percentile=percent),)
-    return (minmax, *(Recipe(calibrator="percentile", percentile=p) for p in (99.99, 99.9)))

@@ -15,7 +15,8 @@ from tiny import CONFIG, tiny_weights
 from samp_core import calibrate
 from samp_core.encoder import LoopSession
 from samp_core.errors import SampError
-from samp_core.plan import Plan, Recipe
+from samp_core.plan import CALIBRATORS, Plan, Recipe
+from samp_core.reach import percentile
 
 PLAN = Plan("0", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, "reference", {}, {})
 SITES = {
@@ -112,7 +113,8 @@ def test_a_site_of_zeros() -> None:
     weights["layer.0.ffn_in.bias"][:] = 0
     ranges = observe(weights)
     assert ranges["layer.0.ffn_out"].sum() == 0
-    for recipe in (Recipe(), Recipe(calibrator="percentile", percentile=99.0)):
+    for calibrator in CALIBRATORS:
+        recipe = Recipe(calibrator=calibrator)
         assert 0 < calibrate.scales(ranges, recipe)["layer.0.ffn_out.input_scale"] < 1e-6
 
 
@@ -141,8 +143,9 @@ def test_scales_are_a_pure_function() -> None:
     # They come in the order of the ranges: a plan's file does not depend on the run.
     many = {f"layer.{i}.qkv{end}": value for i in range(12) for end, value in
             (("", np.ones(calibrate.BINS, np.int64)), (".amax", np.array([1.0])))}  # fmt: skip
-    last = list(calibrate.scales(many, Recipe()))[-12:]
-    assert last == [f"layer.{i}.context.p_scale" for i in range(12)]
+    assert list(calibrate.scales(many, Recipe())) == [
+        f"layer.{i}.qkv.input_scale" for i in range(12)
+    ]
 
 
 @pytest.mark.parametrize("percent", [90.0, 99.0, 99.9, 100.0])
@@ -161,10 +164,34 @@ def test_the_percentile_has_a_default() -> None:
     assert calibrate.scales(ranges, Recipe(calibrator="percentile")) == given
 
 
-@pytest.mark.parametrize("calibrator", ["mse", "entropy"])
-def test_a_calibrator_that_is_not_built_is_refused(calibrator: str) -> None:
-    with pytest.raises(SampError, match=f"unknown_calibrator: {calibrator}; allowed: minmax, perc"):
-        calibrate.scales(observe(), Recipe(calibrator=calibrator))
+def test_an_unknown_calibrator_is_refused() -> None:
+    with pytest.raises(SampError, match="unknown_calibrator: max; allowed: minmax, percentile, m"):
+        calibrate.scales(observe(), Recipe(calibrator="max"))
+
+
+def test_a_recipe_for_each_site() -> None:
+    ranges = observe()
+    found = calibrate.scales(
+        ranges,
+        {
+            "layer.0.ffn_out": Recipe(calibrator="percentile", percentile=99.0),
+            "layer.0.scores": Recipe(calibrator="mse"),
+            "layer.0.context": Recipe(),
+            "layer.0.qkv": Recipe(activation="token"),
+        },
+    )
+    percent = calibrate.scales(ranges, Recipe(calibrator="percentile", percentile=99.0))
+    mse, plain = (calibrate.scales(ranges, Recipe(calibrator=c)) for c in ("mse", "minmax"))
+    assert found == {
+        "layer.0.ffn_out.input_scale": percent["layer.0.ffn_out.input_scale"],
+        "layer.0.scores.q_scale": mse["layer.0.scores.q_scale"],
+        "layer.0.scores.k_scale": mse["layer.0.scores.k_scale"],
+        **{
+            f"layer.0.context.{part}_scale": plain[f"layer.0.context.{part}_scale"] for part in "pv"
+        },
+        "layer.0.qkv.input_scale": plain["layer.0.qkv.input_scale"],
+    }
+    assert calibrate.outliers(ranges, {"layer.0.out": Recipe(outliers=1)}).keys() == {"layer.0.out"}
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,7 +205,7 @@ def test_percentile_against_numpy(count: int, percent: float, tail: float, seed:
     x = np.abs(np.random.default_rng(seed).standard_normal(count)) ** tail + 1e-9
     amax = float(x.max())
     histogram, _ = np.histogram(x, bins=calibrate.BINS, range=(0, amax))
-    got = calibrate.percentile(histogram, amax, percent)
+    got = percentile(histogram, amax, percent)
     # Where the share falls on a value, floating point decides between it and the next.
     place = count * percent / 100
     low, high = (np.sort(x)[min(int(np.ceil(place + e)), count) - 1] for e in (-1e-6, 1e-6))
@@ -191,4 +218,4 @@ def test_percentile_against_numpy(count: int, percent: float, tail: float, seed:
 
 
 def test_percentile_of_nothing() -> None:
-    assert calibrate.percentile(np.zeros(calibrate.BINS, np.int64), 3.0, 99.0) == 3.0
+    assert percentile(np.zeros(calibrate.BINS, np.int64), 3.0, 99.0) == 3.0

@@ -1,0 +1,122 @@
+"""Recipes by site: what they cost, how they are compared, and what a named one does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from separable import small
+
+from samp_core import calibrate, recipes
+from samp_core.build import open_workbench, read_splits
+from samp_core.config import load_config
+from samp_core.errors import UsageError
+from samp_core.plan import Recipe, SitePlan
+from samp_core.workbench import Split, Workbench, silent
+
+
+class Opened:
+    """The small model on the reference backend, which can do all that a recipe says."""
+
+    def __init__(self, folder: Path, **fields: Any) -> None:
+        self.config = load_config(
+            small().yaml(
+                folder / "b.yaml", out=str(folder / "out"),
+                **{"backend": "reference", "calibrator": "auto", **fields},
+            ),
+            {},
+        )  # fmt: skip
+        self.bench: Workbench = open_workbench(self.config, silent)
+        splits = read_splits(self.config, [])
+        self.calibration: Split = self.bench.split(splits.calibration)
+        self.search: Split = self.bench.split(splits.search)
+
+    def choose(self) -> recipes.Chosen:
+        return recipes.choose(self.config, self.bench, self.calibration, self.search)
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return Opened(tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="module")
+def chosen(opened: Opened) -> recipes.Chosen:
+    return opened.choose()
+
+
+def test_the_choice_is_the_least_and_no_uniform_recipe_beats_it(chosen: recipes.Chosen) -> None:
+    record = chosen.record
+    trials = {t["name"]: t["kl"] + record["kl_per_ms"] * t["latency_ms"] for t in record["trials"]}
+    assert record["chosen"] == min(trials, key=lambda name: trials[name])
+    assert {recipes.PER_SITE} <= set(trials)
+    assert set(trials) - {recipes.PER_SITE, recipes.PER_TOKEN, recipes.DEAR} <= set(
+        recipes.uniform()
+    ), "one uniform recipe stands beside them"
+    sites = {f"layer.{i}.{s}" for i in range(3) for s in ("qkv", "scores", "context", "out")}
+    assert sites < set(record["errors"])
+    scales = chosen.scaled.scales
+    assert all(np.isfinite(list(scales.values())))
+    assert len(scales) == 3 * (4 + 2 + 2), "of every site, so that any plan can be made"
+
+
+def test_a_cost_is_near_the_measured_divergence(opened: Opened) -> None:
+    """Of sites whose loss is not noise, the second order is within a factor of three of the KL."""
+    bench, coarse = opened.bench, Recipe(calibrator="percentile", percentile=60.0)
+    ranges = bench.ranges(opened.calibration)
+    errors = recipes.measured_errors(bench, opened.calibration, ranges, {"coarse": coarse})
+    scaled = replace(bench.base_plan(), scales=calibrate.scales(ranges, coarse))
+    reference = bench.logits(bench.base_plan(), opened.calibration, "float")
+    ratios = []
+    for site in sorted(errors, key=lambda site: -errors[site]["coarse"])[:6]:
+        plan = replace(scaled, sites={**scaled.sites, site: SitePlan("int8", coarse)})
+        logits = bench.logits(plan, opened.calibration, site)
+        ratios.append(errors[site]["coarse"] / bench.divergence(reference, logits))
+    assert 1 / 3 < float(np.median(ratios)) < 3, ratios
+
+
+def test_per_site_and_where_dear() -> None:
+    static = {name: Recipe(calibrator=name) for name in ("minmax", "mse")}
+    extra = {
+        recipes.TOKEN: Recipe(activation="token"),
+        recipes.OUTLIERS: Recipe(calibrator="mse", outliers=4),
+    }
+    errors = {
+        "layer.0.qkv": {"minmax": 9.0, "mse": 8.0, "token": 1.0, "mse 4 outliers": 2.0},
+        "layer.0.scores": {"minmax": 1.0, "mse": 2.0, "token": 0.0, "mse 4 outliers": 2.0},
+        "layer.0.ffn_out": {"minmax": 5.0, "mse": 6.0, "token": 0.0, "mse 4 outliers": 1.0},
+        "layer.0.ffn_in": {"minmax": 0.1, "mse": 0.1, "token": 0.0, "mse 4 outliers": 0.0},
+    }
+    best = recipes.per_site(errors, static)
+    assert [best[site].calibrator for site in errors] == ["mse", "minmax", "minmax", "minmax"]
+    dear = recipes.where_dear(errors, static, extra)
+    # A scale per token exists at qkv and ffn_in only; 0.1 of 14.1 is not worth its time.
+    assert {site: recipes.title(r) for site, r in dear.items() if not site.endswith("scores")} == {
+        "layer.0.qkv": "minmax token",
+        "layer.0.ffn_out": "mse 4 outliers",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "title"),
+    [
+        ({"calibrator": "entropy"}, "entropy"),
+        ({"calibrator": "mse", "activation": "token"}, "mse token"),
+        ({"calibrator": "percentile", "percentile": 99.5}, "percentile 99.5"),
+    ],
+)
+def test_a_named_calibrator_is_taken_as_it_is(
+    fields: dict[str, Any], title: str, tmp_path: Path
+) -> None:
+    found = Opened(tmp_path, **fields).choose()
+    assert found.record == {"chosen": title}
+    assert isinstance(found.recipes, Recipe)
+    assert recipes.title(found.recipes) == title
+
+
+def test_no_scales_per_token_on_onednn(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="activation token on backend onednn; allowed: auto or st"):
+        Opened(tmp_path, backend="onednn", activation="token").choose()
