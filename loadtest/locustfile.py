@@ -1,6 +1,7 @@
 """Load on a served SAMP model: `locust -f loadtest/locustfile.py --host 127.0.0.1:8001`.
 
-Every user waits for its answer before it sends again, so the number of users is the concurrency.
+Every user waits for its answer before it sends again, so the number of users is the concurrency;
+with `--rate` requests are due at times drawn beforehand, and users are the most in flight.
 Requests appear as `grpc:<tier>` and `http:<tier>`; at the end, and on the page's tab "Triton",
 stand the milliseconds that Triton itself counted for them.
 """
@@ -30,16 +31,28 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
+from locust.user.task import LOCUST_STATE_STOPPING
 from samp_client import Client, ClientError, Counters, ServerError, TierTimes, connect
 from samp_client.records import Row
 from samp_client.transport import ProtocolName
+from samp_loadtest.arrivals import SHAPES, Arrivals
 from samp_loadtest.results import Samples, report, table
-from samp_loadtest.settings import check_tiers, find_addresses, fit, parse_mix, read_texts
+from samp_loadtest.settings import (
+    check_tiers,
+    find_addresses,
+    fit,
+    parse_mix,
+    read_lengths,
+    read_texts,
+    with_lengths,
+)
 
 logger = logging.getLogger("samp_loadtest")
 
 # `run.py` names a file here and reads the figures from it.
 REPORT_VARIABLE = "SAMP_REPORT"
+# Which of how many workers this is, "0/2": each takes its share of the rate.
+WORKER_VARIABLE = "SAMP_WORKER"
 _POLL_S = 2.0
 # A server that refuses connections would otherwise be asked thousands of times a second.
 _BACKOFF_S = 0.2
@@ -59,6 +72,9 @@ class _Test:
         self.before: dict[str, Counters] = {}
         self.times: list[TierTimes] = []
         self.polling: gevent.Greenlet | None = None
+        self.options: Any = None
+        self.begun = 0.0
+        self.arrivals: Arrivals | None = None
 
 
 test = _Test()
@@ -110,10 +126,19 @@ class TierUser(locust.User):
     @locust.task
     def predict(self) -> None:
         assert self.client is not None
+        late = 0.0
+        if test.arrivals is not None:
+            due = test.begun + test.arrivals.take()
+            while (left := due - time.time()) > 0:
+                gevent.sleep(min(left, 0.2))
+                if self._state == LOCUST_STATE_STOPPING:
+                    return
+            late = -left
         (tier,) = self.random.choices(list(test.mix), list(test.mix.values()))
         texts = list(itertools.islice(self.texts, self.rows))
         failure: ClientError | None = None
-        started, start = time.time(), time.perf_counter()
+        # A request that no user was free for is counted from when it was due.
+        started, start = time.time() - late, time.perf_counter() - late
         try:
             self.client.answers(texts, tier, rows=self.rows)
         except ClientError as error:
@@ -172,6 +197,22 @@ def add_options(parser: LocustArgumentParser) -> None:
         "--request-timeout", env_var="SAMP_REQUEST_TIMEOUT", type=float, default=30.0, help="s"
     )
     parser.add_argument(
+        "--rate",
+        env_var="SAMP_RATE",
+        type=float,
+        default=0.0,
+        help="requests a second, offered whatever the server does; 0: each user when it is free",
+    )
+    parser.add_argument(
+        "--shape", env_var="SAMP_SHAPE", default="constant", choices=SHAPES, help="of the rate"
+    )
+    parser.add_argument(
+        "--lengths", env_var="SAMP_LENGTHS", default="", help="file of lines: words weight"
+    )
+    parser.add_argument(
+        "--warm", env_var="SAMP_WARM", type=float, default=0.0, help="seconds not counted"
+    )
+    parser.add_argument(
         "--think-time",
         env_var="SAMP_THINK_TIME",
         type=float,
@@ -203,16 +244,26 @@ def on_init(environment: Environment, **_: Any) -> None:
 def on_test_start(environment: Environment, **_: Any) -> None:
     """Check everything that was given before the first user starts."""
     options: Any = environment.parsed_options
-    test.samples, test.times, test.before = {}, [], {}
+    test.samples, test.times, test.before, test.options = {}, [], {}, options
     environment.process_exit_code = None
     try:
         test.mix = parse_mix(options.tiers)
         test.texts = read_texts(options.texts)
+        if options.lengths:
+            test.texts = with_lengths(test.texts, read_lengths(options.lengths))
         test.addresses = find_addresses(environment.host, options.grpc_host, options.http_host)
         if not isinstance(environment.runner, (MasterRunner, WorkerRunner)):
             _choose_users(environment)
         if not isinstance(environment.runner, WorkerRunner):
             _start_watching(options)
+        test.begun, test.arrivals = time.time(), None
+        if options.rate > 0:
+            index, _, count = os.environ.get(WORKER_VARIABLE, "0/1").partition("/")
+            planned = os.environ.get("SAMP_SECONDS") or options.run_time or 60
+            seconds = float(planned)
+            test.arrivals = Arrivals(
+                options.shape, options.rate / int(count), seconds, seed=int(index)
+            )
     except (ClientError, ValueError) as error:
         environment.process_exit_code = 2
         raise StopTest(str(error)) from None
@@ -226,7 +277,9 @@ def on_request(
     **_: Any,
 ) -> None:
     started = time.time() - response_time / 1e3 if start_time is None else start_time
-    test.samples.setdefault(name, Samples()).add(started, response_time, exception)
+    options: Any = test.options
+    if options is None or started - test.begun >= options.warm:
+        test.samples.setdefault(name, Samples()).add(started, response_time, exception)
 
 
 def on_report_to_master(client_id: str, data: dict[str, Any]) -> None:

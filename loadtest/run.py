@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,8 @@ from typing import Any
 
 from samp_client import BadRequest, ClientError, connect
 from samp_client.transport import ProtocolName
-from samp_loadtest.settings import check_tiers, format_mix, parse_mix, read_texts
+from samp_loadtest.arrivals import SHAPES
+from samp_loadtest.settings import check_tiers, format_mix, parse_mix, read_lengths, read_texts
 
 MAX_USERS = 5_000
 MAX_SECONDS = 24 * 3600
@@ -49,18 +51,29 @@ def run_loadtest(
     think_time_s: float = 0.0,
     timeout_s: float = 30.0,
     progress: Progress | None = None,
+    workers: int = 0,
+    rate: float = 0.0,
+    shape: str = "constant",
+    lengths: str | Path | None = None,
+    warm_s: float = 0.0,
 ) -> dict[str, dict[str, Any]]:
     """Load one tier ("fast") or a mix ("fast=3,exact=1") with `users` concurrent callers.
 
     Returns by tier: requests, failures, rps (answered requests per second), p50, p95, p99,
     server_queue_ms and server_compute_ms, all times in milliseconds, percentiles of the raw times.
     texts: a list, or a .jsonl or plain file; rows: texts in one request; progress: called about
-    twice a second with the seconds gone and the seconds of the run. Whatever happens, no process
-    is left behind. Raises ClientError: BadRequest, UnknownTier, Unavailable, LocustMissing, and
-    LoadTestFailed, also when not one request was answered.
+    twice a second with the seconds gone and the seconds of the run. workers: so many processes
+    that call, and one that counts; rate: requests a second offered in `shape` (arrivals.py), with
+    `users` as the most in flight; lengths: a file of words and weights; warm_s: of the run, not
+    counted. Whatever happens, no process is left behind. Raises ClientError: BadRequest,
+    UnknownTier, Unavailable, LocustMissing, and LoadTestFailed, also when not one request was
+    answered.
     """
     mix = parse_mix(tiers if isinstance(tiers, str) else format_mix(tiers))
     _check_limits(users, seconds, rows, spawn_rate)
+    _check_rate(rate, shape, warm_s, seconds, workers, users)
+    if lengths is not None:
+        read_lengths(str(lengths))
     if importlib.util.find_spec("locust") is None:
         raise LocustMissing(
             "locust is not installed",
@@ -82,8 +95,10 @@ def run_loadtest(
             *("--tiers", format_mix(mix), "--texts", _texts_file(texts, Path(folder))),
             *("--rows", str(rows), "--model", model or ""),
             *("--think-time", str(think_time_s), "--request-timeout", str(timeout_s)),
+            *("--rate", repr(rate), "--shape", shape, "--warm", str(warm_s)),
+            *("--lengths", "" if lengths is None else str(Path(lengths).resolve())),
         ]
-        log = _run(command, report, math.ceil(seconds), timeout_s, progress)
+        log = _run(command, report, math.ceil(seconds), timeout_s, progress, workers)
         try:
             written: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -106,35 +121,72 @@ def _run(
     seconds: int,
     timeout_s: float,
     progress: Progress | None,
+    workers: int,
 ) -> str:
     """Run locust to its end and return its log; it is stopped if the caller is interrupted."""
     # locust's own variables and a locust.conf in the working folder would change the run.
     environment = {key: value for key, value in os.environ.items() if key[:7] != "LOCUST_"}
     environment["SAMP_REPORT"] = str(report)
+    environment["SAMP_SECONDS"] = str(seconds)
     log_path = report.with_name("log")
+    commands = [(list(command), environment)]
+    if workers:
+        place = ("--master-host", "127.0.0.1", "--master-port", str(_free_port()))
+        bind = ("--master-bind-host", place[1], "--master-bind-port", place[3])
+        expect = ("--expect-workers", str(workers), "--expect-workers-max-wait", str(int(_START_S)))
+        commands = [([*command, "--master", *bind, *expect], environment)]
+        file = command[command.index("-f") + 1]
+        user = command[command.index("-f") + 2]
+        worker = [*command[:3], "-f", file, user, "--worker", *place]
+        for index in range(workers):
+            commands.append((worker, {**environment, "SAMP_WORKER": f"{index}/{workers}"}))
+    processes: list[subprocess.Popen[bytes]] = []
     with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=report.parent,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        start = time.monotonic()
-        end = start + seconds + timeout_s + _START_S
         try:
-            while process.poll() is None and time.monotonic() < end:
-                if progress is not None:
-                    progress(min(time.monotonic() - start, seconds), seconds)
-                try:
-                    process.wait(0.5)
-                except subprocess.TimeoutExpired:
-                    continue
+            for words, variables in commands:
+                processes.append(
+                    subprocess.Popen(
+                        words,
+                        cwd=report.parent,
+                        env=variables,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+            _wait(processes, seconds, timeout_s, progress)
         finally:
-            _stop(process)
+            for process in processes:
+                _stop(process)
     return log_path.read_text(encoding="utf-8", errors="replace")
+
+
+def _wait(
+    processes: Sequence[subprocess.Popen[bytes]],
+    seconds: int,
+    timeout_s: float,
+    progress: Progress | None,
+) -> None:
+    """Until the first process, which counts, has ended; a worker that fails ends the wait."""
+    start = time.monotonic()
+    end = start + seconds + timeout_s + _START_S
+    while processes[0].poll() is None and time.monotonic() < end:
+        if any(worker.poll() for worker in processes[1:]):
+            return
+        if progress is not None:
+            progress(min(time.monotonic() - start, seconds), seconds)
+        try:
+            processes[0].wait(0.5)
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -174,6 +226,21 @@ def _check_limits(users: int, seconds: float, rows: int, spawn_rate: float | Non
         raise BadRequest(f"rows is {rows}", "1 or more", "correct it")
     if spawn_rate is not None and not spawn_rate > 0:
         raise BadRequest(f"spawn_rate is {spawn_rate}", "users per second above 0", "correct it")
+
+
+def _check_rate(
+    rate: float, shape: str, warm_s: float, seconds: float, workers: int, users: int
+) -> None:
+    if not (rate >= 0 and math.isfinite(rate)):
+        raise BadRequest(f"rate is {rate}", "requests a second, 0 or more", "correct it")
+    if shape not in SHAPES:
+        raise BadRequest(f"shape {shape!r}", ", ".join(SHAPES), "name one of these")
+    if shape != "constant" and not rate:
+        raise BadRequest(f"shape {shape} without a rate", "both", "give a rate")
+    if not 0 <= warm_s < seconds:
+        raise BadRequest(f"{warm_s} s of warm-up in {seconds} s", "less", "correct it")
+    if not 0 <= workers <= min(users, 64):
+        raise BadRequest(f"{workers} workers, {users} users", "a user each, at most 64", "lower it")
 
 
 def _last_error(log: str) -> str:

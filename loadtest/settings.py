@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,49 @@ def read_texts(path: str | None) -> tuple[Row, ...]:
     if not texts:
         raise BadRequest(f"{path} holds no text", "one text per line", "give a file with texts")
     return tuple(texts)
+
+
+def read_lengths(path: str) -> dict[int, float]:
+    """Share by words of a text, from lines such as `32 0.3` (words, weight; # begins a remark)."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{path}: {error}", "a text file", "check the path") from None
+    found: dict[int, float] = {}
+    for number, line in enumerate(lines, 1):
+        parts = line.partition("#")[0].replace(",", " ").split()
+        if not parts:
+            continue
+        try:
+            words, weight = int(parts[0]), float(parts[1])
+        except (ValueError, IndexError):
+            words, weight = 0, math.nan
+        if not (words > 0 and math.isfinite(weight) and weight > 0 and len(parts) == 2):
+            raise BadRequest(f"{path}:{number}: {line!r}", "words and a weight", "write: 32 0.3")
+        found[words] = found.get(words, 0.0) + weight
+    if not found:
+        raise BadRequest(f"{path} holds no length", "lines such as: 32 0.3", "write some")
+    return found
+
+
+def with_lengths(
+    texts: Sequence[Row], lengths: Mapping[int, float], count: int = 1000, seed: int = 0
+) -> tuple[str, ...]:
+    """`count` texts whose numbers of words are drawn from `lengths`: the words of the given texts,
+    one after another, cut there. BadRequest for pairs.
+    """
+    if any(isinstance(row, tuple) for row in texts):
+        raise BadRequest("lengths for pairs", "single texts", "leave out --lengths")
+    plain = (row.decode() if isinstance(row, bytes) else str(row) for row in texts)
+    words = [word for text in plain for word in text.split()]
+    if not words:
+        raise BadRequest("texts without a word", "words to make texts of", "give other texts")
+    draw = random.Random(seed)
+    start, made = 0, []
+    for wanted in draw.choices(list(lengths), list(lengths.values()), k=count):
+        made.append(" ".join(words[(start + i) % len(words)] for i in range(wanted)))
+        start += wanted
+    return tuple(made)
 
 
 def fit(texts: Sequence[Row], pairs: bool) -> list[Row]:

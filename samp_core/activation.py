@@ -11,7 +11,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from samp_core.errors import SampError, UsageError
 from samp_core.manifest import Manifest
 
 NEXT = "next."
@@ -70,6 +72,37 @@ def view(manifest: Manifest, tiers: Sequence[str] | None = None) -> dict[str, Sp
         parts = ensembles.get(name, ())
         found[name] = Spec(digest.hexdigest(), source, manifest.folder.name, parts)
     return found
+
+
+def check_names(builds: Mapping[Path, Manifest]) -> None:
+    """Refuse two folders of one model: their models would have the same names."""
+    models = [manifest.model for manifest in builds.values()]
+    for model in models:
+        if models.count(model) > 1:
+            where = [str(out) for out, manifest in builds.items() if manifest.model == model]
+            raise UsageError(
+                "same_model",
+                f"model {model} in {' and '.join(where)}",
+                "each model once",
+                "build one of them with another --name, or serve them apart",
+            )
+
+
+def check_meaning(old: Manifest, new: Manifest) -> None:
+    """Refuse a build that running clients would misread."""
+    for what in ("model", "task", "labels"):
+        before, after = getattr(old, what), getattr(new, what)
+        if before != after:
+            raise SampError(
+                "other_meaning",
+                f"build {new.folder.name}: {what} {_listed(after)}",
+                f"{_listed(before)}, which clients of the running server rely on",
+                "serve it beside this one; or --force, and connect clients again",
+            )
+
+
+def _listed(value: Any) -> str:
+    return str(value) if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
 
 
 def plan(before: View, after: View, *, again: Sequence[str] = ()) -> list[Step]:

@@ -32,11 +32,11 @@ from samp_core.control import (
     stubs,
     taken_port,
 )
-from samp_core.embedded import Triton, cache_folder, find_triton
+from samp_core.embedded import cache_folder, find_triton
 from samp_core.errors import SampError, UsageError
 from samp_core.manifest import Manifest, hold, read_manifest, verify
 from samp_core.shm import Regions
-from samp_core.stage import Stage
+from samp_core.stage import Layout, Stage
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 180.0
@@ -57,6 +57,7 @@ class Server:
         self,
         process: subprocess.Popen[bytes],
         regions: Regions,
+        stage: Stage,
         host: str,
         ports: Sequence[int],
         log: Path,
@@ -71,7 +72,7 @@ class Server:
         self._control = Control(self.http)
         self._process = process
         self._regions = regions
-        self._stage = Stage(regions.models)
+        self._stage = stage
         self._tiers: list[str] | None = None
         self._facts: dict[str, Any] = {}
         self._keep_log = False
@@ -101,18 +102,20 @@ class Server:
         threads: int | None = None,
         log_batches: bool = False,
         options: Sequence[str] = (),
+        layout: Layout | None = None,
     ) -> Server:
         """Start Triton on the current build of each folder; return when every model answers.
 
         Port 0 is any free one. `threads` overrides the encoder threads of the build. The log goes
         to `log`, else to a file of this user's cache that a clean stop removes. `log_batches`
-        writes one log line for every batch that an encoder runs. `options` are Triton's own.
+        writes one log line for every batch that an encoder runs. `options` are Triton's own;
+        `layout` sets instances and queue delays other than the builds'.
         Raises SampError: no build, damaged repository, unknown tier, two folders of one model,
         taken port, no Triton, or what Triton died of.
         """
         folders = [out] if isinstance(out, Path) else list(out)
         builds = {folder.absolute(): read_manifest(folder) for folder in folders}
-        _check_names(builds)
+        activation.check_names(builds)
         view: dict[str, Spec] = {}
         for manifest in builds.values():
             models = manifest.models(tiers)
@@ -122,7 +125,13 @@ class Server:
         wanted = (http_port, grpc_port, metrics_port)
         for attempt in range(_START_ATTEMPTS):
             ports = choose_ports(host, wanted)
-            server = cls._launch(view, triton, host, ports, log, threads, log_batches, options)
+            environment = triton.environment(os.environ)
+            if threads is not None:
+                environment["SAMP_THREADS"] = str(threads)
+            if log_batches:
+                environment["SAMP_LOG_BATCHES"] = "1"
+            command = [*triton.command(), *options]
+            server = cls._launch(view, command, environment, host, ports, log, layout or Layout())
             try:
                 server._wait_ready(list(view))
             except _PortTaken as taken:
@@ -144,22 +153,21 @@ class Server:
     def _launch(
         cls,
         view: activation.View,
-        triton: Triton,
+        triton: Sequence[str],
+        environment: dict[str, str],
         host: str,
         ports: Sequence[int],
         log: Path | None,
-        threads: int | None,
-        log_batches: bool,
-        options: Sequence[str],
+        layout: Layout,
     ) -> Server:
         regions = Regions.claim(cache_folder() / "run")
         log = log or regions.log
         http_port, grpc_port, metrics_port = ports
-        stage = Stage(regions.models)
+        stage = Stage(regions.models, layout)
         for name, spec in view.items():
             stage.put(name, spec)
         command = [
-            *triton.command(),
+            *triton,
             f"--model-repository={stage.folder.absolute()}",
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in view),
@@ -174,13 +182,7 @@ class Server:
             f"--metrics-port={metrics_port}",
             f"--backend-config=python,shm-region-prefix-name={regions.prefix}",
             "--backend-config=python,stub-timeout-seconds=120",
-            *options,
         ]
-        environment = triton.environment(os.environ)
-        if threads is not None:
-            environment["SAMP_THREADS"] = str(threads)
-        if log_batches:
-            environment["SAMP_LOG_BATCHES"] = "1"
         # The kernel sends the signal when the *thread* that forked ends, so only the main one asks.
         main = threading.current_thread() is threading.main_thread()
         libc = ctypes.CDLL(None)
@@ -206,7 +208,7 @@ class Server:
                 "a log file that can be written and a Triton that can be run",
                 "choose another log file, or install Triton again",
             ) from None
-        return cls(process, regions, host, ports, log)
+        return cls(process, regions, stage, host, ports, log)
 
     def _wait_ready(self, models: Sequence[str]) -> None:
         """Return when all of `models` are READY; raise for the first, in load order, that is not.
@@ -257,9 +259,9 @@ class Server:
             raise UsageError("not_served", f"{out} is not served here", served, "name one of them")
         new = read_manifest(out, build)
         verify(new, models=new.models(self._tiers))
-        _check_names({**self._builds, out: new})
+        activation.check_names({**self._builds, out: new})
         if not force:
-            _check_meaning(old, new)
+            activation.check_meaning(old, new)
         mine, after = activation.view(old, self._tiers), activation.view(new, self._tiers)
         before = {name: self._view[name] for name in mine}
         dead = self._not_ready()
@@ -436,36 +438,6 @@ class Server:
         with contextlib.suppress(OSError):  # a log that someone removed hides no error
             return self.log.read_text(errors="replace")
         return ""
-
-
-def _check_names(builds: dict[Path, Manifest]) -> None:
-    models = [manifest.model for manifest in builds.values()]
-    for model in models:
-        if models.count(model) > 1:
-            where = [str(out) for out, manifest in builds.items() if manifest.model == model]
-            raise UsageError(
-                "same_model",
-                f"model {model} in {' and '.join(where)}",
-                "each model once",
-                "build one of them with another --name, or serve them apart",
-            )
-
-
-def _check_meaning(old: Manifest, new: Manifest) -> None:
-    """Refuse a build that running clients would misread."""
-    for what in ("model", "task", "labels"):
-        before, after = getattr(old, what), getattr(new, what)
-        if before != after:
-            raise SampError(
-                "other_meaning",
-                f"build {new.folder.name}: {what} {_listed(after)}",
-                f"{_listed(before)}, which clients of the running server rely on",
-                "serve it beside this one; or --force, and connect clients again",
-            )
-
-
-def _listed(value: Any) -> str:
-    return str(value) if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
 
 
 class _PortTaken(Exception):

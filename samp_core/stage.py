@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from samp_core.activation import Spec
+from samp_core.activation import NEXT, Spec
 
 BUILD = "build"
 CONFIG = "config.pbtxt"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a server sets other than its builds, by role: tokenizer, encoder, head."""
+
+    instances: Mapping[str, int] = field(default_factory=dict)
+    queue_delay_us: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,7 @@ class Stage:
     """`folder` is the --model-repository."""
 
     folder: Path
+    layout: Layout = field(default_factory=Layout)
 
     def put(self, name: str, spec: Spec) -> None:
         """Write model `name` so that the next load takes it, also when nothing in it differs.
@@ -37,6 +47,12 @@ class Stage:
         message = text_format.Parse(text, pb.ModelConfig())
         message.name = name
         message.parameters[BUILD].string_value = spec.build
+        role = name.removeprefix(NEXT).partition("_")[0]
+        if message.backend == "python" and role in self.layout.instances:
+            message.instance_group[0].count = self.layout.instances[role]
+        if message.backend == "python" and role in self.layout.queue_delay_us:
+            delay = self.layout.queue_delay_us[role]
+            message.dynamic_batching.max_queue_delay_microseconds = delay
         aliases = dict(spec.aliases)
         for step in message.ensemble_scheduling.step:
             step.model_name = aliases.get(step.model_name, step.model_name)

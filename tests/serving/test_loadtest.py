@@ -18,6 +18,7 @@ import gevent.monkey
 import psutil
 import pytest
 from conftest import Served
+from forked import forks
 from samp_client import BadRequest, BatchTooLarge, Unavailable, UnknownTier, connect
 from samp_loadtest.run import run_loadtest
 
@@ -107,6 +108,48 @@ def test_an_interrupted_run_leaves_no_process(served: Served) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_loadtest(served.grpc, "fast", users=2, seconds=60, progress=interrupt)
     assert not left_behind()
+
+
+def test_two_workers_offer_a_rate_and_lengths_of_a_file(served: Served, tmp_path: Path) -> None:
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("4 1\n12 1\n")
+    found = run_loadtest(
+        served.grpc,
+        "fast",
+        users=8,
+        seconds=6,
+        workers=2,
+        rate=25.0,
+        warm_s=1.0,
+        lengths=lengths,
+        texts=served.texts[:50],
+    )
+    figures = found["fast"]
+    assert figures["failures"] == 0
+    # Poisson arrivals of 25 a second for 5 s: five standard deviations around 125.
+    assert 69 <= figures["requests"] <= 181
+    assert figures["p50"] > 0
+    assert not left_behind()
+
+
+def test_the_highest_rate_within_a_target_is_found_and_drawn(
+    served: Served, tmp_path: Path
+) -> None:
+    curve = tmp_path / "curve.png"
+    done = forks().samp(
+        *("loadtest", "--tier", "fast", "--url", served.grpc, "--slo", "p95=2000ms"),
+        *("--seconds", 2, "--budget", 25, "--users", 16, "--png", curve, "--json"),
+    )
+    found = done.json
+    points = found["points"]
+    assert (done.code == 0) == found["confirmed"]
+    assert len(points) >= 2
+    assert points[0]["holds"], points
+    assert all(point["p95"] <= 2000 for point in points if point["holds"])
+    assert found["rate"] == max(p["rate"] for p in points if p["holds"] or p["confirms"])
+    assert curve.read_bytes().startswith(b"\x89PNG")
+    refused = forks().samp("loadtest", "--slo", "p90=1ms", "--url", served.grpc)
+    assert (refused.code, len(refused.lines)) == (1, 1)
 
 
 def locust(*arguments: str, **environment: str) -> subprocess.Popen[str]:
