@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from samp_core import cli_calls, cli_live
+from samp_core import cli_calls, cli_live, cli_load
 from samp_core.errors import SampError, UsageError
 from samp_core.tasks import TASKS
 
@@ -190,48 +190,7 @@ def report(
 cli_calls.register(app)
 
 
-@app.command()
-def loadtest(
-    tier: Annotated[str, typer.Option(help="One tier, or a mix: fast=3,exact=1.")] = "balanced",
-    users: Annotated[int, typer.Option(help="Concurrent callers.")] = 8,
-    seconds: Annotated[float, typer.Option(help="How long.")] = 15.0,
-    rows: Annotated[int, typer.Option(help="Texts in one request.")] = 1,
-    texts: Annotated[Path | None, typer.Option(help="A .jsonl or plain text file.")] = None,
-    url: Url = "",
-    http: Http = False,
-    name: ModelName = None,
-    as_json: Json = False,
-) -> None:
-    """Load a running server with locust, headless."""
-    from samp_loadtest.run import run_loadtest
-
-    from samp_core import show
-
-    with show.progress() as progress:
-        total = int(seconds)
-        step = progress(f"load test: {tier}, {users} users", total)
-        shown = 0
-
-        def tick(gone: float, _all: float) -> None:
-            nonlocal shown
-            while shown < min(int(gone), total):
-                shown += 1
-                step()
-
-        result = run_loadtest(
-            url or _default_url(http),
-            tier,
-            protocol="http" if http else "grpc",
-            users=users,
-            seconds=seconds,
-            texts=texts,
-            rows=rows,
-            model=name,
-            progress=tick,
-        )
-    _print_json(result) if as_json else show.load_table(result)
-
-
+cli_load.register(app)
 cli_live.register(app)
 
 
