@@ -198,15 +198,16 @@ def write_build(
 
 
 def activate(out: Path, build: Path) -> None:
-    """Make `build` the current one: touch every config.pbtxt, swap one symlink by rename.
+    """Make `build` the current one: touch what Triton looks at, swap one symlink by rename.
 
-    Triton reloads a model only when its newest file became newer, also on the way back to an
-    older build.
+    A Triton that is pointed at `current` reloads a model only when a file of its version became
+    newer, also on the way back to an older build. `builds_by_age` reads config.pbtxt's time.
     """
     before = (path.stat().st_mtime_ns for path in (out / "current" / "models").rglob("*"))
     newer = max(time.time_ns(), 1 + max(before, default=0))
-    for path in build.glob("models/*/config.pbtxt"):
-        os.utime(path, ns=(newer, newer))
+    for name in ("models/*/config.pbtxt", "models/*/1/model.py"):
+        for path in build.glob(name):
+            os.utime(path, ns=(newer, newer))
     link = out / f"current.{os.getpid()}{PARTIAL}"
     link.unlink(missing_ok=True)
     link.symlink_to(build.relative_to(out), target_is_directory=True)

@@ -204,7 +204,7 @@ class Server:
             regions.release()
             raise SampError(
                 "no_start",
-                f"{error.filename or triton.binary}: {error.strerror}",
+                f"{error.filename or triton[0]}: {error.strerror}",
                 "a log file that can be written and a Triton that can be run",
                 "choose another log file, or install Triton again",
             ) from None

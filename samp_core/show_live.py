@@ -19,8 +19,8 @@ def server(facts: Mapping[str, Any]) -> None:
         ran = tier["executed"]
         executed = ", ".join(f"{n} {p}" for p, n in sorted(ran.items())) if ran else "-"
         answers = {True: "yes", False: "NO", None: "-"}[tier["answers"]]
-        cells = (tier["plan"] or "-", executed, tier["threads"] or "-", tier["build"] or "-")
-        rows.append((tier["ensemble"], answers, *cells))
+        known = (tier["plan"] or "-", executed, tier["threads"] or "-", tier["build"] or "-")
+        rows.append((tier["ensemble"], answers, *known))
     title = f"Triton {facts['triton']}: {', '.join(addresses)}{pid}{age}"
     show.table(title, ("tier", "answers", "plan", "sites that ran", "threads", "build"), rows)
     rows = []

@@ -1,8 +1,9 @@
 """The model repository that one server of ours is pointed at: a view of builds, its own alone.
 
-A model here is config.pbtxt and a fresh folder `1` of links into its build. Triton reloads a model
-only when its version folder became newer or its configuration differs, so that builds themselves,
-which are older when one goes back, would not do; and nothing is written into a build.
+A model here is config.pbtxt and a folder `1` of links into its build and a file that is new each
+time. Triton (24.10) reloads a model only when a file of its version became newer or its
+configuration differs: a build that one goes back to is older, and touching its config.pbtxt does
+nothing. And nothing is written into a build.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from samp_core.activation import NEXT, Spec
 
 BUILD = "build"
 CONFIG = "config.pbtxt"
+STAMP = "staged"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Stage:
         for path in sorted((spec.source / "1").iterdir()):
             if path.is_file():
                 (version / path.name).symlink_to(path.resolve())
+        (version / STAMP).write_text(spec.build, encoding="utf-8")
         written = model / f"{CONFIG}.{os.getpid()}"
         written.write_text(text_format.MessageToString(message), encoding="utf-8")
         written.replace(model / CONFIG)

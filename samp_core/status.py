@@ -18,6 +18,7 @@ from typing import Any
 from samp_core import live
 from samp_core.control import Control, ControlError, stubs
 from samp_core.errors import SampError
+from samp_core.plan import Plan
 from samp_core.repository import builds_by_age
 
 DEFAULT = "127.0.0.1:8000"
@@ -62,7 +63,7 @@ def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
         ) from None
     triton = facts.get("triton")
     alive = None if triton is None else stubs(triton)
-    configs = {}
+    configs: dict[str, dict[str, Any]] = {}
     for name, entry in index.items():
         if entry.get("state") == "READY":
             with contextlib.suppress(ControlError, OSError):
@@ -72,6 +73,10 @@ def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
         for name, entry in index.items()
         if "state" in entry
     ]
+    plans = _plans(facts.get("builds", {}))
+    for name, config in configs.items():
+        if name in plans and "plan" not in _parameters(config):
+            config["parameters"]["plan"] = {"string_value": plans[name]}
     ran = _executed(facts.get("metrics"))
     tiers = [
         _tier(control, config, configs, ran, probe)
@@ -182,6 +187,17 @@ def _executed(metrics: str | None) -> dict[tuple[str, str], dict[str, int]]:
                 labels = dict(_LABEL.findall(match[1]))
                 key = (f"{labels['model']}_{labels['tier']}", labels["build"])
                 found.setdefault(key, {})[labels["precision"]] = int(float(match[2]))
+    return found
+
+
+def _plans(builds: Mapping[str, str]) -> dict[str, str]:
+    """Encoder -> its plan in a line, from its file: builds of before wrote none to the config."""
+    found = {}
+    for out, build in builds.items():
+        for path in Path(out, "builds", build, "models").glob("encoder_*/1/plan.json"):
+            with contextlib.suppress(OSError, SampError):
+                plan = Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+                found[path.parents[1].name] = plan.summary()
     return found
 
 

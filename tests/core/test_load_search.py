@@ -93,7 +93,7 @@ def test_the_search_finds_what_a_queue_bears(capacity: float, first: float, seed
 def test_a_target_out_of_reach_is_said() -> None:
     found = find_rate(lambda rate, s: queue(rate, 5, 100.0, 1), Target("p99", 5.0), first=50.0)
     assert (found["rate"], found["confirmed"]) == (None, False)
-    assert len(found["points"]) < 12
+    assert len(found["points"]) < 20
 
 
 def test_a_rate_that_holds_once_is_lowered_until_it_holds_twice() -> None:

@@ -16,7 +16,7 @@ from tiny import write_tiny
 from tritonclient.utils import InferenceServerException
 
 from samp_core.cli_live import tracing
-from samp_core.control import Control
+from samp_core.control import Control, stubs
 from samp_core.server import Server
 
 
@@ -118,9 +118,14 @@ def test_refused_requests_by_reason_outlive_a_reload(traced: Server) -> None:
         }
 
     assert wait_for(lambda: refused() == wanted, 10), refused()
-    before = read(traced)
+    before, processes = read(traced), stubs(traced.pid)
     for out in traced.builds:
         traced.activate(out, again=True)
+    after = stubs(traced.pid)
+    assert set(after) == {"tokenizer_tiny", "encoder_tiny_exact", "head_tiny"}
+    assert not {pid for pids in processes.values() for pid in pids} & {
+        pids[-1] for pids in after.values()
+    }
     encode(row, 3)
     total = f"samp_texts_total{{{here}}}"
     assert wait_for(lambda: read(traced)[total] == before[total] + 1, 10)

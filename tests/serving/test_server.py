@@ -233,6 +233,32 @@ def test_kill_9_of_everything_is_swept_up_by_the_next_start(tiny_out: Path, serv
     assert swept
 
 
+def test_shared_memory_stops_growing(tiny_out: Path) -> None:
+    """It grows with the largest batch, not with their number: 64 callers of 64 texts, twice."""
+
+    def size(started: Server) -> int:
+        return sum(path.stat().st_size for path in SHM.glob(f"{_prefix(started)}*"))
+
+    def load(started: Server) -> None:
+        texts = ["a b c d e f g h i j k l m n o p q r s t u v w x y z " * 4] * 64
+        with ThreadPoolExecutor(64) as pool:
+            calls = [
+                pool.submit(classify, started.grpc, "tiny_exact", texts[: 1 + i % 64])
+                for i in range(192)
+            ]
+        assert all(np.isfinite(call.result()["SCORES"]).all() for call in calls)
+
+    with Server.start(tiny_out) as started:
+        at_first = size(started)
+        load(started)
+        grown = size(started)
+        for _ in range(3):
+            load(started)
+        assert size(started) <= grown + (1 << 20)
+        assert at_first <= 3 * (1 << 20)
+        assert grown <= 24 * (1 << 20)
+
+
 def test_a_sweep_leaves_living_servers_alone(running: Server) -> None:
     before = _regions(_prefix(running))
     sweep(embedded.cache_folder() / "run")
