@@ -6,7 +6,7 @@ from samp_kernels.interface import Backend
 
 from samp_core.errors import SampError
 
-BACKENDS = ("cpu", "onednn", "reference")
+BACKENDS = ("cpu", "cuda", "onednn", "reference")
 
 
 def open_backend(name: str, threads: int | None = None) -> Backend:
@@ -20,6 +20,16 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
         from samp_kernels.cpu.backend import CpuBackend
 
         return CpuBackend(threads)
+    if name == "cuda":
+        from samp_kernels.cuda import MEND as CUDA_MEND
+        from samp_kernels.cuda import missing as missing_cuda
+
+        why = missing_cuda()
+        if why:
+            raise SampError("no_cuda", f"backend cuda: {why}", "cpu, onednn, reference", CUDA_MEND)
+        from samp_kernels.cuda.backend import CudaBackend
+
+        return CudaBackend()
     if name == "onednn":
         from samp_kernels.onednn import OneDnnBackend
 
@@ -32,10 +42,14 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
 
 
 def choose_backend(name: str) -> str:
-    """`auto` as a backend's name: `cpu` where its kernels were built and run vector instructions
-    here, else `onednn`; any other name as it is."""
+    """`auto` as a backend's name: `cuda` where a GPU and its kernels are there, `cpu` where its
+    kernels were built and run vector instructions, else `onednn`; any other name as it is."""
     if name != "auto":
         return name
+    from samp_kernels.cuda import missing as missing_cuda
+
+    if not missing_cuda():
+        return "cuda"
     from samp_kernels.cpu import level
 
     return "cpu" if level() not in ("", "portable") else "onednn"

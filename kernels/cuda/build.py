@@ -183,6 +183,10 @@ def build(
             notes[name] = made_by
             if not quiet and (done % 10 == 0 or done == len(todo)):
                 print(f"kernels: {done} of {len(todo)} compiled ({made_by})", flush=True)
+    if set(architectures) == set(ARCHITECTURES):
+        for old in place.glob("*.cubin"):
+            if old.name not in names:
+                old.unlink()  # Of sources that are no more.
     kept = {name: by for name, by in notes.items() if (place / name).is_file()}
     aside = notes_file.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n", encoding="utf-8")

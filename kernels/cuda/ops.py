@@ -28,7 +28,8 @@ KINDS = {"fp32": 0, "fp16": 1, "int8": 2}
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int32": 4}
 Arguments = tuple[Scalar, ...]
 _ACTS: dict[str | None, int] = {None: 0, **{act: i + 1 for i, act in enumerate(ACTIVATIONS)}}
-_ATTENTION = {(a, b) for a in ("fp16", "int8") for b in ("fp16", "int8")} | {("fp32", "fp32")}
+_ORDINARY = {("fp32", "fp32"), ("int8", "fp32"), ("fp32", "int8")}
+_TENSOR = {(a, b) for a in ("fp16", "int8") for b in ("fp16", "int8")}
 
 
 @dataclass(frozen=True)
@@ -264,34 +265,35 @@ def attention(
     tail = (_at(out), np.int32(out.ld), np.int32(KINDS[out.kind]), _inverse(out_scale))
     q, k, p, v = (given.get(name, 1.0) for name in "qkpv")
     score = np.float32(q * k / math.sqrt(dim))
-    unit, grid = attention_unit(precisions, dim), (blocks, heads, 1)
-    if scores == "fp32":
-        pitch = dim + 4
-        shared = 4 * ((QUERIES + 32 + 32) * pitch + QUERIES * 33)
-        values: Arguments = (*head, score, *tail)
-        return Launch(
-            unit, "attention_f32", grid, 256, shared, values, "attention", site, precisions
-        )
-    pitch = dim * BYTES[scores] + 16
-    v_bytes = dim * (64 + 16) if context == "int8" else 64 * (dim * 2 + 16)
-    values = (
+    grid = (blocks, heads, 1)
+    ordinary = precisions in _ORDINARY
+    unit = attention_unit(("fp32", "fp32") if ordinary else precisions, dim)
+    off = np.float32(0.0)  # To the ordinary cores' kernel: this product is fp32.
+    values: Arguments = (
         *head,
-        _inverse(q),
-        _inverse(k),
+        _inverse(q) if scores == "int8" or not ordinary else off,
+        _inverse(k) if scores == "int8" or not ordinary else off,
         score,
-        _inverse(p),
-        _inverse(v),
+        _inverse(p) if context == "int8" or not ordinary else off,
+        _inverse(v) if context == "int8" or not ordinary else off,
         np.float32(p * v),
         *tail,
     )
-    shared = 2 * 64 * pitch + v_bytes
-    return Launch(unit, "attention", grid, 128, shared, values, "attention", site, precisions)
+    if ordinary:
+        shared = 4 * ((QUERIES + 32 + 32) * (dim + 4) + QUERIES * 33)
+        kernel, threads = "attention_f32", 256
+    else:
+        pitch = dim * BYTES[scores] + 16
+        v_bytes = dim * (64 + 16) if context == "int8" else 64 * (dim * 2 + 16)
+        shared = 2 * 64 * pitch + v_bytes
+        kernel, threads = "attention", 128
+    return Launch(unit, kernel, grid, threads, shared, values, "attention", site, precisions)
 
 
 def check_attention_kind(precisions: tuple[str, str], dim: int) -> None:
     """Raises UnsupportedPrecision or KernelError for what no unit computes."""
-    if precisions not in _ATTENTION:
-        allowed = "both fp32, or each fp16 or int8"
+    if precisions not in _ORDINARY | _TENSOR:
+        allowed = "each fp16 or int8, or each fp32 or int8"
         raise UnsupportedPrecision("cuda attention", " and ".join(precisions), allowed)
     if dim not in HEAD_DIMS:
         allowed = ", ".join(str(d) for d in HEAD_DIMS)

@@ -24,9 +24,11 @@ from samp_kernels.cuda.units import (
 from samp_kernels.interface import KernelError
 
 needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor nvcc")
-# Registers of a thread: two blocks of 256 threads, or four of 128, fit into 65,536.
-MOST_REGISTERS = {256: 128, 128: 128}
-THREADS = {"128x128": 256, "128x64": 256}
+
+
+def most_registers(architecture: str) -> int:
+    """Of a thread: from sm_80 on 512 threads share a multiprocessor, before that 384."""
+    return 128 if number(architecture) >= 80 else 168
 
 
 def find_disassembler() -> str:
@@ -43,7 +45,7 @@ def cubins() -> dict[tuple[str, str], Path]:
 
 @cache
 def disassembled(path: Path) -> str:
-    command = [find_disassembler(), "-c", str(path)]
+    command = [find_disassembler(), str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -66,12 +68,10 @@ def test_sass(unit: str, architecture: str, cubins: dict[tuple[str, str], Path])
         assert "LDGSTS" in text, "no asynchronous copies"
     for kernel in units_by_name()[unit].kernels:
         assert f".text.{kernel}" in text
-    cap = MOST_REGISTERS[THREADS.get(units_by_name()[unit].tile, 128)]
-    registers = [
-        int(n) for n in re.findall(r"SHI_REGISTERS=(\d+)|EIATTR_REGCOUNT.*?(\d+)", text) if n
-    ]
-    assert registers
-    assert max(registers) <= cap
+    note = r"EIATTR_REGCOUNT.*?index@\((\w+)\).*?\.word\s+(0x[0-9a-f]+)"
+    registers = {kernel: int(count, 16) for kernel, count in re.findall(note, text, re.S)}
+    assert set(registers) == set(units_by_name()[unit].kernels)
+    assert max(registers.values()) <= most_registers(architecture)
 
 
 def meant(unit: str, architecture: str) -> set[str]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from bert import Shape, batch_of, open_session, scaled_plan, write_bert
+from bert import backend as cpu_backend
 from emulated import backend, launcher, needs_compiler
-from samp_kernels.cuda.session import CudaSession
-from samp_kernels.interface import SITES
+from samp_kernels.cuda.session import CudaSession, token_buckets
+from samp_kernels.interface import SITES, Batch, KernelError, UnsupportedPrecision
 
 from samp_core.checkpoint import Checkpoint, load_checkpoint
-from samp_core.encoder import check_plan
+from samp_core.encoder import check_plan, prepare
 from samp_core.plan import Plan, Recipe, SitePlan
 from samp_core.quantize import export_weights
 
@@ -69,6 +71,8 @@ PLANS = {
     "ffn_only": {**dict.fromkeys(SITES, "fp16"), "ffn_in": "int8", "ffn_out": "int8"},
     "int8 beside fp32": {"qkv": "int8", "ffn_in": "int8"},
     "fp16 beside fp32": {"out": "fp16", "ffn_in": "fp16"},
+    "int8 scores beside fp32": {"scores": "int8"},
+    "int8 context beside fp32": {"context": "int8"},
     "fp32 beside int8 attention": {"scores": "int8", "context": "int8"},
 }
 
@@ -96,3 +100,110 @@ def test_the_encoder_equals_the_reference(
             assert session.executed()[f"layer.{layer}.{site}"] == expected
     session.close()
     launcher(backend(architecture)).check_guards()
+
+
+@pytest.mark.parametrize("name", ["exact", "fp16", "int8"])
+def test_alone_equals_in_a_batch(name: str, checkpoint: Checkpoint, scaled: Plan) -> None:
+    """Bit for bit, whatever the bucket: in fp32 and fp16, too."""
+    session = session_of(checkpoint, plan_of(scaled, PLANS[name]))
+    together = batch_of(LENGTHS)
+    for output in ("first", "mean", "tokens"):
+        whole = session.run(together, output=output)
+        for i in (0, 3):
+            begin, end = together.cu_seqlens[i : i + 2].tolist()
+            one = Batch(
+                together.ids[begin:end],
+                together.types[begin:end],
+                together.positions[begin:end],
+                np.array([0, end - begin], np.int32),
+                end - begin,
+            )
+            rows = slice(begin, end) if output == "tokens" else slice(i, i + 1)
+            assert np.array_equal(session.run(one, output=output), whole[rows])
+
+
+def test_seven_launches_a_layer_under_any_plan(checkpoint: Checkpoint, scaled: Plan) -> None:
+    batch = batch_of(LENGTHS)
+    for precisions in PLANS.values():
+        session = session_of(checkpoint, plan_of(scaled, precisions))
+        for output, more in (("first", 1), ("mean", 2)):
+            launches = session.launches(batch, output)
+            assert len(launches) == 7 * scaled.layers + more
+        timed = session.profile(batch)
+        assert len(timed) == 7 * scaled.layers + 1
+        assert all(seconds > 0 for _, _, seconds in timed)
+
+
+def test_a_scale_for_each_token(checkpoint: Checkpoint, scaled: Plan) -> None:
+    recipe = Recipe(activation="token")
+    plan = plan_of(scaled, {"qkv": "int8", "ffn_in": "int8"}, recipe)
+    batch = batch_of(LENGTHS)
+    wanted = open_session(checkpoint, plan, "reference").run(batch)
+    got = session_of(checkpoint, plan).run(batch)
+    assert np.abs(got - wanted).max() <= TOLERANCE["int8"]
+    static = session_of(checkpoint, plan_of(scaled, {"qkv": "int8", "ffn_in": "int8"})).run(batch)
+    assert not np.array_equal(got, static)
+
+
+def test_a_position_bias(checkpoint: Checkpoint, scaled: Plan) -> None:
+    config = replace(checkpoint.config, position_bias=True)
+    rng = np.random.default_rng(0)
+    bias = rng.normal(0, 1, (config.heads, 2 * 32 - 1)).astype(np.float32)
+    batch = batch_of(LENGTHS)
+    for name in ("exact", "fp16", "int8"):
+        plan = plan_of(scaled, PLANS[name])
+        tensors = {**export_weights(checkpoint.tensors, plan), "position_bias": bias}
+        other = as_reference(plan)
+        wanted = prepare(cpu_backend("reference"), config, tensors, other).run(batch)
+        session = CudaSession(backend(), config, tensors, plan, max_tokens=64)
+        got = session.run(batch)
+        kind = name if name != "exact" else "fp32"
+        assert np.abs(got - wanted).max() <= TOLERANCE[kind]
+
+
+def test_a_batch_beyond_the_buffers_makes_larger_ones(checkpoint: Checkpoint, scaled: Plan) -> None:
+    plan = plan_of(scaled, PLANS["int8"])
+    small, large = batch_of(LENGTHS), batch_of((30,) * 5)
+    session = session_of(checkpoint, plan)
+    before = session.run(small)
+    grown = session.run(large)
+    assert np.array_equal(session.run(small), before)
+    assert np.array_equal(session_of(checkpoint, plan).run(large), grown)
+
+
+def test_a_bad_batch_leaves_the_session_usable(checkpoint: Checkpoint, scaled: Plan) -> None:
+    session = session_of(checkpoint, plan_of(scaled, PLANS["int8"]))
+    good = batch_of(LENGTHS)
+    wanted = session.run(good)
+    with pytest.raises(KernelError, match="ids from"):
+        session.run(replace(good, ids=good.ids + 100))
+    with pytest.raises(KernelError, match="rise from 0"):
+        session.run(replace(good, cu_seqlens=good.cu_seqlens[:-1]))
+    with pytest.raises(KernelError, match="first, mean, tokens"):
+        session.run(good, output="last")  # type: ignore[arg-type]
+    assert np.array_equal(session.run(good), wanted)
+
+
+def test_prepare_takes_the_session_and_refuses_what_it_lacks(
+    checkpoint: Checkpoint, scaled: Plan
+) -> None:
+    plan = plan_of(scaled, PLANS["int8"])
+    tensors = export_weights(checkpoint.tensors, plan)
+    session = prepare(backend(), checkpoint.config, tensors, plan, max_tokens=64)
+    assert session.run(batch_of(LENGTHS)).shape == (len(LENGTHS), 64)
+    mixed = plan_of(scaled, {"scores": "fp16"})
+    tensors = export_weights(checkpoint.tensors, mixed)
+    with pytest.raises(UnsupportedPrecision, match="each fp16 or int8, or each fp32"):
+        prepare(backend(), checkpoint.config, tensors, mixed)
+    bf16 = plan_of(scaled, {"qkv": "bf16"})
+    with pytest.raises(UnsupportedPrecision, match="bf16"):
+        prepare(backend(), checkpoint.config, checkpoint.tensors, bf16)
+
+
+@pytest.mark.parametrize("most", [1, 16, 100, 8192])
+def test_buckets_waste_little(most: int) -> None:
+    buckets = token_buckets(most)
+    assert buckets[-1] >= most
+    assert len(buckets) <= 64
+    for low, high in itertools.pairwise(buckets):
+        assert high - low <= max(16, low / 4)

@@ -131,7 +131,7 @@ DEVICE float soften(float (&s)[NS][4], int half, float& largest, float& sum) {
   return shrink;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, SAMP_SM >= 80 ? 4 : 3)
     attention(const void* qkv, int qkv_kind, int qkv_ld, int hidden, const int* bounds,
               const int* tiles, int first_only, const float* bias, int bias_ld, int bias_center,
               float inverse_q, float inverse_k, float score_scale, float inverse_p, float inverse_v,

@@ -22,6 +22,7 @@ struct alignas(8) Pair {
 
 constexpr int SLICE = 128;
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+constexpr int BLOCKS = SAMP_SM >= 80 ? 512 / THREADS : 1;  // of one multiprocessor, at least
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * SLICE;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 constexpr int MS = WARP_M / 16, NS = WARP_N / 8;
@@ -52,7 +53,7 @@ DEVICE void copy_slice(unsigned char* to, const unsigned char* from, int first, 
 
 // ld in bytes. partial [splits, rows, width] and arrived [blocks of y], zero before and after, are
 // read only where splits > 1.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     gemm(const unsigned char* x, int x_ld, const unsigned char* w, int w_ld, int w_rows,
          int k_bytes, const float* row_scale, const float* column_scale, const float* bias,
          int activation, const void* residual, const int* residual_rows, int residual_ld,

@@ -1,0 +1,230 @@
+"""Times for gpu_check.py: our kernels beside torch's on one GPU, CUDA events, L2 flushed, medians.
+
+It has never run on hardware.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FLUSH = 256 << 20  # bytes written before each timed call; more than any L2
+ROUNDS = 30
+SITES = {"qkv": (2304, 768), "out": (768, 768), "ffn_in": (3072, 768), "ffn_out": (768, 3072)}
+
+
+def device_facts(root: Path) -> dict[str, Any]:
+    import cupy
+
+    runtime = cupy.cuda.runtime
+    name = runtime.getDeviceProperties(0)["name"]
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False
+    )
+    return {
+        "device": name.decode() if isinstance(name, bytes) else str(name),
+        "driver": runtime.driverGetVersion(),
+        "cupy": cupy.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def short_name(facts: dict[str, Any]) -> str:
+    return "-".join(str(facts.get("device", "gpu")).lower().split())
+
+
+def timed(stream: Any, call: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Median microseconds of `call`, which launches on `stream`, from a cold L2."""
+    import cupy
+
+    memory = cupy.cuda.alloc(FLUSH)
+    begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+    times = []
+    for turn in range(rounds + 5):
+        memory.memset_async(turn % 251, FLUSH, stream)
+        begin.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3)
+    return float(statistics.median(times[5:]))
+
+
+def time_gemms(report: Any, b: Any, left: Callable[[], float]) -> None:
+    """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest."""
+    from samp_kernels.cuda import ops
+    from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for
+    from samp_kernels.interface import Weight
+
+    rng, stream, rows_found = np.random.default_rng(0), b.launcher.stream, []
+    for rows in (128, 1024, 4096):
+        for site, (n, k) in SITES.items():
+            if left() < 200:
+                print("     products: the rest is left out, out of time", flush=True)
+                break
+            for precision in ("int8", "fp16"):
+                scale = np.ones(n, np.float32) if precision == "int8" else None
+                weight = rng.integers(-127, 128, (n, k))
+                typed = weight.astype(np.int8 if scale is not None else np.float32)
+                packed = b.pack(Weight(typed, scale), precision)
+                x = b.array(rng.integers(-127, 128, (rows, k)), precision)
+                bias, out = b.array(np.zeros(n)), b.empty(rows, n, "fp16")
+                columns = None if scale is None else b.array(scale)
+                sums, counters = room_for(rows, ops.padded(n))
+                space = ops.Workspace(
+                    b.launcher.allocate(4 * sums), b.launcher.allocate(4 * counters)
+                )
+                b.launcher.fill(space.counters, 0, 4 * counters)
+                device, times = b.device(space), {}
+                for tile in TILES:
+                    for splits in (1, 2, 4) if precision == "int8" and rows <= 1024 else (1,):
+                        one = ops.gemm(
+                            device, x, packed, bias, out,
+                            column_scale=columns, choice=Choice(tile, splits),
+                        )  # fmt: skip
+                        call = _launcher(b, one)
+                        times[f"{tile}/{splits}"] = timed(stream, call, 10)
+                each = 1 if precision == "int8" else 2
+                product = Product(rows, ops.padded(n), k * each, precision)
+                chosen = choose(product, device.sm, device.multiprocessors)
+                best = min(times, key=lambda name: times[name])
+                peer = _torch_product(precision, rows, n, k)
+                name = f"{chosen.tile}/{chosen.splits}"
+                row = {
+                    "precision": precision, "rows": rows, "site": site, "us": times.get(name),
+                    "chosen": name, "best": best, "best_us": times[best], "torch_us": peer,
+                    "tera_ops": 2e-6 * rows * n * k / times[best],
+                }  # fmt: skip
+                rows_found.append(row)
+                print(
+                    f"     {precision} {rows}x{k}x{n}: {times.get(name, math.nan):.1f} us {name}, "
+                    f"best {times[best]:.1f} {best}, torch without epilogue {peer or math.nan:.1f}",
+                    flush=True,
+                )
+    report.facts["gemms"] = rows_found
+
+
+def _launcher(b: Any, one: Any) -> Callable[[], None]:
+    return lambda: b.launcher.launch(one)
+
+
+def _torch_product(precision: str, rows: int, n: int, k: int) -> float | None:
+    """torch._int_mm (int32 out) or an fp16 matmul: cuBLASLt without our epilogue."""
+    try:
+        import cupy
+        import torch
+    except ImportError:
+        return None
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    if precision == "int8":
+        x = torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8)
+        w = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
+        return timed(stream, lambda: torch._int_mm(x, w.T), 10)
+    a = torch.randn(rows, k, device="cuda", dtype=torch.float16)
+    c = torch.randn(n, k, device="cuda", dtype=torch.float16)
+    return timed(stream, lambda: a @ c.T, 10)
+
+
+def time_encoders(
+    report: Any,
+    b: Any,
+    config: Any,
+    makers: dict[str, tuple[Any, dict[str, Any]]],
+    left: Callable[[], float],
+) -> None:
+    """SAMP's table: each plan, BERT-base's shape; the graph on the device and `run` as called."""
+    from samp_kernels.cuda.session import CudaSession
+    from samp_kernels.interface import pack_batch
+
+    rng = np.random.default_rng(0)
+    mixed = np.clip(np.exp(rng.normal(3.8, 0.8, 32)), 8, 384).astype(int).tolist()
+    cases = {"1 x 128": [128], "8 x 128": [128] * 8, "32 x 128": [128] * 32, "32 mixed": mixed}
+    found: list[dict[str, Any]] = []
+    for case, lengths in cases.items():
+        ids = [rng.integers(0, config.vocab, n).astype(np.int32) for n in lengths]
+        batch = pack_batch(ids, [np.zeros(n, np.int32) for n in lengths])
+        row: dict[str, Any] = {"case": case, "tokens": batch.tokens}
+        for name, (plan, tensors) in makers.items():
+            session = CudaSession(b, config, tensors, plan, max_tokens=batch.tokens)
+            session.run(batch)
+            program = session._send(batch, "first")
+            row[f"{name}, graph us"] = timed(b.launcher.stream, program.replay)
+            walls = []
+            for _ in range(ROUNDS):
+                begun = time.perf_counter()
+                session.run(batch)
+                walls.append(time.perf_counter() - begun)
+            row[f"{name}, run us"] = statistics.median(walls) * 1e6
+            if case == "8 x 128":
+                spent = sorted(session.profile(batch), key=lambda one: -one[2])[:8]
+                row[f"{name}, longest"] = [(op, site, s * 1e6) for op, site, s in spent]
+            session.close()
+        row |= _torch_encoder(config, lengths, left)
+        found.append(row)
+        report.facts["encoders"] = found
+        shown = ", ".join(f"{k} {v:.0f}" for k, v in row.items() if k.endswith("us") and v)
+        print(f"     {case}: {shown}", flush=True)
+
+
+def _torch_encoder(config: Any, lengths: list[int], left: Callable[[], float]) -> dict[str, Any]:
+    """The same encoder in torch fp16, padded, eager and compiled with CUDA graphs."""
+    try:
+        import cupy
+        import torch
+        import torch.nn.functional as F
+    except ImportError:
+        return {"torch": "not installed"}
+    h, heads, f = config.hidden, config.heads, config.ffn
+    rows, longest = len(lengths), max(lengths)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = torch.nn.Linear(h, 3 * h), torch.nn.Linear(h, h)
+            self.up, self.down = torch.nn.Linear(h, f), torch.nn.Linear(f, h)
+            self.first, self.second = torch.nn.LayerNorm(h), torch.nn.LayerNorm(h)
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            q, k, v = self.qkv(x).view(rows, longest, 3, heads, h // heads).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = self.first(x + self.out(y.transpose(1, 2).reshape(rows, longest, h)))
+            return self.second(x + self.down(F.gelu(self.up(x))))
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(Layer() for _ in range(config.layers))
+
+        def forward(self, x: Any, mask: Any) -> Any:
+            for layer in self.layers:
+                x = layer(x, mask)
+            return x[:, 0]
+
+    model = Encoder().half().cuda().eval()
+    x = torch.randn(rows, longest, h, device="cuda", dtype=torch.float16)
+    mask = None
+    if min(lengths) < longest:
+        places = torch.arange(longest, device="cuda")[None, :]
+        mask = (places < torch.tensor(lengths, device="cuda")[:, None])[:, None, None, :]
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        found["torch fp16 eager, us"] = timed(stream, lambda: model(x, mask))
+        mode = "max-autotune" if left() > 150 else "reduce-overhead"
+        if left() < 60:
+            return {**found, "torch.compile": "left out: out of time"}
+        try:
+            compiled = torch.compile(model, mode=mode, dynamic=False)
+            for _ in range(3):
+                compiled(x, mask)
+            found[f"torch.compile {mode}, us"] = timed(stream, lambda: compiled(x, mask))
+        except Exception as error:
+            found["torch.compile"] = f"{type(error).__name__}: {error}"[:300]
+    return found
