@@ -76,7 +76,7 @@ class BuildConfig(_Strict):
     out: Path | None = None
     tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
     default_tier: str = ""
-    backend: Literal["auto", "cpu", "onednn", "reference"] = "auto"
+    backend: Literal["auto", "cpu", "cuda", "onednn", "reference"] = "auto"
     threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
     calibrator: Literal["auto", "minmax", "percentile", "mse", "entropy"] = "auto"
     activation: Literal["auto", "static", "token"] = "auto"
