@@ -20,16 +20,19 @@ from samp_kernels.cpu import state
 from samp_core import cache, heads, metrics, recipes, tasks
 from samp_core.allocate import Candidate
 from samp_core.backends import choose_backend
+from samp_core.budget import Clock, forget_best
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
-from samp_core.errors import SampError
+from samp_core.errors import SampError, UsageError
 from samp_core.latency import SINGLE
+from samp_core.lower_loss import loss_note, loss_report
+from samp_core.mix import mix_of, read_sample
 from samp_core.observed import observed
 from samp_core.plan import Plan, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
-from samp_core.search import Clock, Found, Search, forget_best, loss_note, loss_report, weigh
+from samp_core.search import Found, Search, weigh
 from samp_core.text import TextEncoder
 from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, recheck
 from samp_core.workbench import (
@@ -67,6 +70,7 @@ def build(
     with build_lock(config.folder):
         cache.clean(config.folder / "cache")
         bench = open_workbench(config, progress)
+        config = with_mix(config, bench)
         warnings: list[str] = []
         if config.backend == "auto" and bench.backend_name != "cpu":
             warnings.append(f"backend {bench.backend_name}: the cpu kernels are {state()}")
@@ -77,19 +81,21 @@ def build(
         calibration, search, verification = parts
         facts: dict[str, Any] = {}
         modes = plan_modes(config, bench, calibration, search, facts)
-        if config.strategy == "samp" or len(modes) == 1:
-            found = Found(modes, measure_modes(config, bench, modes, search, metric))
+        clock = Clock(begin, config.budget_s)
+        if len(modes) == 1:
+            found = Found(modes, measure_float(config, bench, modes, search, metric))
         else:
-            clock = Clock(begin, config.budget_s)
-            found = Search(config, bench, modes, search, metric, verification.rows.n, clock).run()
+            full, come = list(modes.values())[-1], verification.rows.n
+            found = Search(config, bench, full, search, metric, come, clock).run()
         plans, candidates = found.plans, found.candidates
         if config.strategy == "lower-loss":
-            losses = loss_report(bench, found, {"search": search, "verification": verification})
+            losses = loss_report(bench, plans, {"search": search, "verification": verification})
             found.record["loss"] = losses
             warnings += loss_note(losses)
         correct = Verifier(bench, plans, verification, config.alpha, metric)
         choices = {
-            name: choose(name, spec, candidates, correct) for name, spec in config.tiers.items()
+            name: choose(name, spec, candidates, correct, clock.spent_all)
+            for name, spec in config.tiers.items()
         }
         exact = Choice("exact", TierSpec(), FLOAT, (), True)
         choices = {"exact": exact, **choices}
@@ -142,6 +148,7 @@ def build(
         "cache": {"hits": bench.cache.hits, "misses": bench.cache.misses},
         "forwards": forwards() - before,
         "warnings": warnings,
+        "search": search_facts(found.record),
     }
     return BuildResult(folder, report)
 
@@ -263,24 +270,34 @@ def plan_modes(
     return plans
 
 
-def measure_modes(
+def measure_float(
     config: BuildConfig,
     bench: Workbench,
     plans: Mapping[str, Plan],
     search: Split,
     metric: metrics.Metric,
 ) -> dict[str, Candidate]:
-    """Every plan's metric and latency on the search split."""
-    float_logits = bench.logits(plans[FLOAT], search, "search: float")
-    metric.check(float_logits, search)
-    buckets = tuple(config.mix)
-    latencies = bench.latencies(plans, search, "measure latencies", buckets)
-    result = {}
-    for name, plan in plans.items():
-        logits = bench.logits(plan, search, f"search: {name}")
-        ms = weigh(latencies[name], config.mix)
-        result[name] = metric.candidate(name, ms, float_logits, logits, search)
-    return result
+    """Float's metric and latency, on a backend that can quantize nothing."""
+    logits = bench.logits(plans[FLOAT], search, "search: float")
+    metric.check(logits, search)
+    latencies = bench.latencies(plans, search, "measure latencies", tuple(config.mix))
+    ms = weigh(latencies[FLOAT], config.mix)
+    return {FLOAT: metric.candidate(FLOAT, ms, logits, logits, search)}
+
+
+def with_mix(config: BuildConfig, bench: Workbench) -> BuildConfig:
+    """The configuration with the mix of its sample of texts, whose shapes the bench then times."""
+    if config.mix_texts is None:
+        return config
+    texts, batches = zip(*read_sample(config.mix_texts), strict=True)
+    if any(isinstance(text, tuple) != bench.task.pair for text in texts):
+        raise UsageError(
+            "bad_mix", f"{config.mix_texts}: rows of {'one text' if bench.task.pair else 'pairs'}",
+            f"what the task {bench.task.name} asks about", "correct the file",
+        )  # fmt: skip
+    mix = mix_of(bench.text.encode(list(texts)), batches, bench.checkpoint.config.position_offset)
+    bench.sample = mix.buckets
+    return config.model_copy(update={"mix": dict(mix.shares)})
 
 
 def tier_files(
@@ -376,8 +393,15 @@ def tier_row(
         "promise": choice.spec.model_dump(exclude_none=True),
         "met": choice.met,
         "latency_ms": {bucket: round(ms, 3) for bucket, ms in facts.latency_ms.items()},
+        "foretold_ms": {b: round(ms, 3) for b, ms in files.plan.modelled["latency_ms"].items()},
         "size_mb": round(weights.stat().st_size / 1e6, 1),
     }
+
+
+def search_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """How much of the search was measured, and how well the cheap scores ranked it."""
+    names = ("strategy", "measured", "nodes", "spent_s", "rank_correlation")
+    return {name: record[name] for name in names if name in record}
 
 
 class _Callable(ModuleType):

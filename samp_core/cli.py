@@ -67,6 +67,10 @@ def build(
     strategy: Annotated[
         str | None, typer.Option(help="milp (default), samp, greedy or lower-loss.")
     ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="Layers of SAMP's modes: first (default), last or sensitivity."),
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="About how long a build may take: 90s, 10m (default), 1h.")
     ] = None,
@@ -105,6 +109,7 @@ def build(
             "words": words,
             "pooling": pooling,
             "strategy": strategy,
+            "order": order,
             "budget_s": None if budget is None else parse_budget(budget),
         },
     )

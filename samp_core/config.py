@@ -32,6 +32,11 @@ class TierSpec(_Strict):
     drop: Annotated[float, Field(gt=0, le=100)] | None = None
     latency: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
+    @property
+    def free(self) -> bool:
+        """Neither a drop nor a ceiling: the recommendation along SAMP's modes."""
+        return self.drop is None and self.latency is None
+
 
 class DataSpec(_Strict):
     """Labelled files. `data` alone is split in three; `exclude` are rows that trained the model."""
@@ -88,10 +93,13 @@ class BuildConfig(_Strict):
     pooling: Literal["auto", "mean", "first"] = "auto"
     rows: RowCounts = RowCounts()
     strategy: Literal["milp", "samp", "greedy", "lower-loss"] = "milp"
-    budget_s: Annotated[float, Field(gt=0)] = 600.0
+    order: Literal["first", "last", "sensitivity"] = "first"
+    budget_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     mix: Mapping[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
         default_factory=lambda: {"1": 1.0}
     )
+    mix_texts: Path | None = None
+    """`mix: FILE` in the YAML: the mix is read from a sample of texts, see mix.py."""
     seed: int = 0
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
 
@@ -103,6 +111,8 @@ class BuildConfig(_Strict):
         value = dict(value)
         if isinstance(value.get("data"), (str, Path)):
             value["data"] = {"data": value["data"]}
+        if isinstance(value.get("mix"), (str, Path)):
+            value["mix_texts"] = value.pop("mix")
         if "name" not in value and isinstance(value.get("model"), (str, Path)):
             raw = Path(value["model"]).resolve().name.lower()
             value["name"] = re.sub(r"[^a-z0-9]+", "-", raw).strip("-") or "model"
@@ -115,9 +125,9 @@ class BuildConfig(_Strict):
                 raise ValueError(f"name {name!r}: only a-z, 0-9 and - are allowed")
         if "exact" in self.tiers:
             raise ValueError("tier 'exact' is always made; leave it out of tiers")
-        if not self.mix or not set(self.mix) <= set(BUCKETS):
+        if not self.mix_texts and (not self.mix or not set(self.mix) <= set(BUCKETS)):
             raise ValueError(
-                f"mix {dict(self.mix)}: weights of one or more of {', '.join(BUCKETS)}"
+                f"mix {dict(self.mix)}: weights of one or more of {', '.join(BUCKETS)}, or a file"
             )
         if self.default_tier and self.default_tier not in ("exact", *self.tiers):
             known = ", ".join(("exact", *self.tiers))
@@ -143,7 +153,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
         import yaml
 
         try:
-            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+            loaded = yaml.safe_load(text)
         except OSError as error:
             raise UsageError(
                 "no_config", f"{path}: {error.strerror}", "a readable YAML file", "check the path"
@@ -171,6 +183,24 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
             given += f" (got {first['input']!r})"
         allowed = ", ".join(_part(first["loc"]).model_fields)
         raise UsageError("bad_config", given, f"fields {allowed}", "correct the field") from None
+
+
+def _check_keys(node: Any, path: Path) -> None:
+    """Every key of a YAML mapping once: a second tier of one name would silently win."""
+    value = getattr(node, "value", None)
+    if node is None or isinstance(value, str):
+        return
+    pairs = [pair for pair in value if isinstance(pair, tuple)]
+    names = [key.value for key, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        line = next(key.start_mark.line for key, _ in pairs[::-1] if key.value == twice) + 1
+        raise UsageError(
+            "bad_config", f"{path}:{line}: {twice!r} stands there twice", "each name once",
+            "rename or remove one",
+        )  # fmt: skip
+    for child in [value for _, value in pairs] or value:
+        _check_keys(child, path)
 
 
 def _part(place: tuple[int | str, ...]) -> type[_Strict]:

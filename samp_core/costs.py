@@ -8,22 +8,26 @@ the table is one of edges: edge i leads from node i to node i + 1, with a matrix
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from samp_kernels.interface import Session
+from samp_kernels.interface import Array, Session
 
-from samp_core import latency
 from samp_core.chain import Node, path_cost, plan_of
 from samp_core.latency import Bucket
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench, device
 
-ROUNDS = {"1": 60, "8": 16, "32": 6}
+ROUNDS = 3
+"""Times the turns of latency.measure: single sites are small beside a machine's moods."""
+FEWEST = 6
+"""Turns of a bucket that are made even when the time is up."""
+
+LARGEST_SCALE = 0.3
+"""Stamped passes and plain ones differ by less."""
 
 Choice = tuple[int, ...]
 Edges = tuple[tuple[tuple[float, ...], ...], ...]
@@ -75,24 +79,27 @@ def covering(sizes: Sequence[int]) -> list[Choice]:
 
 
 def measured(
-    bench: Workbench, base: Plan, nodes: Sequence[Node], split: Split, mix: Mapping[str, float]
+    bench: Workbench,
+    base: Plan,
+    nodes: Sequence[Node],
+    split: Split,
+    mix: Mapping[str, float],
+    stop: Callable[[], bool] = lambda: False,
 ) -> CostTable:
-    """The table on this device for the buckets of a mix; found again in the cache."""
+    """The table on this device for the buckets of a mix; found again in the cache.
+
+    After `stop` each bucket has FEWEST turns.
+    """
     choices = covering([len(node.options) for node in nodes])
     plans = [plan_of(base, nodes, choice) for choice in choices]
 
     def make() -> dict[str, dict[str, object]]:
-        position_offset = bench.checkpoint.config.position_offset
-        shapes = [
-            shape
-            for shape in latency.buckets(bench.pieces(split), position_offset)
-            if shape.name in mix
-        ]
-        step = bench.progress("measure each site's time", sum(ROUNDS[s.name] for s in shapes))
+        shapes = [shape for shape in bench.shapes(split) if shape.name in mix]
+        step = bench.progress("measure each site's time", sum(ROUNDS * s.rounds for s in shapes))
         sessions = [bench.session(plan) for plan in plans]
         result: dict[str, dict[str, object]] = {}
         for shape in shapes:
-            stamps, whole = _stamp(bench, sessions, nodes, shape, step)
+            stamps, whole = _stamp(bench, sessions, nodes, shape, step, stop)
             edges, base_ms = fit(choices, [len(n.options) for n in nodes], stamps, whole)
             result[shape.name] = {"edges": edges, "base_ms": base_ms}
         return result
@@ -102,6 +109,7 @@ def measured(
         "mix": sorted(mix),
         "rounds": ROUNDS,
         "device": device(bench.threads),
+        **bench.sampled(),
         **bench.key(bench.base_plan(), split),
     }
     made = bench.cache.json("costs", key, make)
@@ -122,8 +130,8 @@ def fit(
 ) -> tuple[Edges, float]:
     """Edges from the milliseconds of each choice's nodes (what leads in first), and the rest.
 
-    A pair that several choices took is their mean; the rest is the mean of whole passes less
-    their edges.
+    A pair that several choices took is their mean. Stamps cost time, too: all edges are scaled by
+    one factor, which with the rest is the line through the times of whole passes without stamps.
     """
     counts = (1, *sizes, 1)
     sums = [np.zeros((a, b)) for a, b in itertools.pairwise(counts)]
@@ -134,10 +142,23 @@ def fit(
             sums[place][path[place], path[place + 1]] += ms
             seen[place][path[place], path[place + 1]] += 1
     means = [edge / np.maximum(count, 1) for edge, count in zip(sums, seen, strict=True)]
-    edges = tuple(tuple(tuple(map(float, row)) for row in edge) for edge in means)
-    table = CostTable({"": edges}, {"": 0.0})
-    rest = [ms - table.total(choice, "") for choice, ms in zip(choices, whole, strict=True)]
-    return edges, float(np.mean(rest))
+    totals = np.array([path_cost([edge.tolist() for edge in means], c) for c in choices])
+    factor, rest = line(totals, np.asarray(whole))
+    edges = tuple(tuple(tuple(map(float, row)) for row in factor * edge) for edge in means)
+    return edges, rest
+
+
+def line(x: Array, y: Array) -> tuple[float, float]:
+    """Slope and intercept of y by least squares; slope 1 where x hardly differs.
+
+    Kept within LARGEST_SCALE of 1: a slope beyond that is a bad moment of the machine.
+    """
+    spread = float(((x - x.mean()) ** 2).sum())
+    slope = 1.0
+    if spread > (0.02 * float(x.mean())) ** 2:
+        slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
+    slope = min(max(slope, 1.0 - LARGEST_SCALE), 1.0 + LARGEST_SCALE)
+    return slope, float(y.mean() - slope * x.mean())
 
 
 def _stamp(
@@ -146,11 +167,13 @@ def _stamp(
     nodes: Sequence[Node],
     bucket: Bucket,
     progress: Callable[[], None],
+    stop: Callable[[], bool],
 ) -> tuple[list[list[float]], list[float]]:
     """Median milliseconds of every node of each session, what leads in first, and of the pass.
 
     The sessions take turns in a shuffled order; each turn runs once unmeasured first and is the
-    fastest of three passes, as in latency.measure. A pass is the one with the stamps, and the head.
+    fastest of three passes, as in latency.measure: with stamps for the nodes, without for the
+    pass, to which the head belongs.
     """
     place = {"embeddings": 0}
     for index, node in enumerate(nodes, start=1):
@@ -159,23 +182,23 @@ def _stamp(
     generator = np.random.default_rng(0)
     stamps: list[list[list[float]]] = [[] for _ in sessions]
     whole: list[list[float]] = [[] for _ in sessions]
-    for _ in range(ROUNDS[bucket.name]):
+    for turn in range(ROUNDS * bucket.rounds):
+        if turn >= FEWEST and stop():
+            break
         for index in generator.permutation(len(sessions)).tolist():
             session: Any = sessions[index]
-            feature = session.run(bucket.batch, output=output)
-            fastest, stamped = math.inf, []
+            session.run(bucket.batch, output=output)
+            passes, stamped = [], []
             for _ in range(3):
                 begin = time.perf_counter()
-                head.logits(bench.head_weights, feature)
-                found = session.profile(bucket.batch, output)
-                taken = (time.perf_counter() - begin) * 1e3
-                if taken < fastest:
-                    fastest, stamped = taken, found
+                head.logits(bench.head_weights, session.run(bucket.batch, output=output))
+                passes.append(time.perf_counter() - begin)
+                stamped.append(session.profile(bucket.batch, output))
             times = [0.0] * (len(nodes) + 1)
-            for _, site, seconds in stamped:
+            for _, site, seconds in min(stamped, key=lambda found: sum(s for *_, s in found)):
                 if site in place:
                     times[place[site]] += seconds * 1e3
-            whole[index].append(fastest)
+            whole[index].append(min(passes) * 1e3)
             stamps[index].append(times)
         progress()
     medians = [np.median(np.array(rows), axis=0).tolist() for rows in stamps]

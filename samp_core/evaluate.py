@@ -119,7 +119,7 @@ def tango_interval(b: int, c: int, n: int, confidence: float = 0.95) -> Interval
     return Interval(-_upper(c, b, n, z), _upper(b, c, n, z))
 
 
-def drop_upper_bound(b: int, c: int, n: int, alpha: float = 0.05) -> float:
+def drop_upper_bound(b: float, c: float, n: int, alpha: float = 0.05) -> float:
     """Upper end of the one-sided (1 - alpha) Tango interval of the drop (b - c) / n."""
     return _upper(b, c, n, _one_sided_z(alpha))
 
@@ -437,7 +437,7 @@ def _score(b: _Number, c: _Number, n: int, drop: float) -> Any:
     return (b - c - n * drop) / (n * (2 * q + drop * (1 - drop))) ** 0.5
 
 
-def _upper(b: int, c: int, n: int, z: float) -> float:
+def _upper(b: float, c: float, n: int, z: float) -> float:
     """The drop above (b - c) / n at which the score falls to -z; the safe end of a bisection."""
     if n < 1 or b < 0 or c < 0 or b + c > n:
         raise ValueError(f"expected b, c >= 0 and b + c <= n, n >= 1, got b={b}, c={c}, n={n}")

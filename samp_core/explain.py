@@ -74,8 +74,8 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
     if search.get("sites"):
         facts.append(
             f"strategy {search['strategy']}: {search['measured']} of {search['nodes']} sites "
-            f"measured; rank correlation of the cheap score with them "
-            f"{search['rank_correlation'].get('fisher')}"
+            f"measured; rank correlation of the cheap scores with them: "
+            + ", ".join(f"{name} {value}" for name, value in search["rank_correlation"].items())
         )
     return facts
 

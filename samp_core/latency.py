@@ -21,7 +21,9 @@ SINGLE = "1"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A shape class: `name` is its number of texts, `rounds` how often it is measured."""
+    """A shape class: `name` says its texts (`8`, or `8x211` with tokens); `rounds`: how often it is
+    measured.
+    """
 
     name: str
     batch: Batch
@@ -32,11 +34,16 @@ class Bucket:
         return self.batch.tokens
 
 
+def rounds(texts: int) -> int:
+    """How often a bucket of so many texts is measured."""
+    return 15 if texts < 8 else 8 if texts < 32 else 4
+
+
 def buckets(encodings: Sequence[Encoding], position_offset: int = 0) -> list[Bucket]:
     """One text of median length, then 8 and 32 texts spread evenly over the lengths found."""
     ordered = sorted(encodings, key=lambda e: len(e.ids))
     made = []
-    for count, rounds in ((1, 15), (8, 8), (32, 4)):
+    for count in (1, 8, 32):
         if count > len(ordered):
             break
         places = ((np.arange(count) + 0.5) / count * len(ordered)).astype(int)
@@ -44,7 +51,7 @@ def buckets(encodings: Sequence[Encoding], position_offset: int = 0) -> list[Buc
         batch = pack_batch(
             [e.ids for e in chosen], [e.types for e in chosen], position_offset=position_offset
         )
-        made.append(Bucket(str(count), batch, rounds))
+        made.append(Bucket(str(count), batch, rounds(count)))
     return made
 
 

@@ -1,63 +1,43 @@
 """The search per node: scores and costs measured, plans proposed, looked at on the search split.
 
-A strategy proposes plans; each is run over the search split and, at the end, all are timed whole
-beside SAMP's modes, so that the model of the device proposes and the device decides.
+A strategy proposes plans; each is run over the search split and, at the end, those near the front
+are timed whole, so that the model of the device proposes and the device decides.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from samp_core import allocate, costs, evaluate, milp, sensitivity
 from samp_core.allocate import Candidate
-from samp_core.chain import Node, chain, choice_of, plan_of
+from samp_core.budget import Clock, keep_best
+from samp_core.chain import Node, chain, choice_of, path_cost, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
+from samp_core.modes import layer_order, modes
 from samp_core.plan import Plan
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench
 
-LOOKS = 20
-"""Plans of the staircase that are run over the search split."""
-SENSITIVITY = 0.6
-"""Share of the time left that measuring sites may take; the rest is for looking at plans."""
+LOOKS = 16
+"""Plans of one staircase that are run over the search split."""
+RIVALS = 8
+"""Plans of other strategies that are, where the model has them near its own."""
+NEAR = 0.05
+"""Of two plans of one loss, the share of time by which the slower may still be as good."""
+HOPELESS = 0.1
+"""A plan is not timed if another is safer and, as modelled, faster by more than this share."""
+STAMPING = 0.15
+"""Share of the time left that time stamps may take."""
+SENSITIVITY = 0.5
+"""Share of the time left after that for measuring sites; the rest is for looking at plans."""
 SHARES = (1.0, 0.85, 0.7, 0.4)
 """Parts of a promise that the predicted bounds of its candidates shall reach."""
-
-
-class Clock:
-    """What is left of a time budget."""
-
-    def __init__(self, begin: float, budget_s: float) -> None:
-        self._end = begin + budget_s
-        self._begin = begin
-
-    def reserve(self, seconds: float) -> None:
-        """Keep so much of the rest for what comes after the search, at most half of it."""
-        left = max(self._end - time.perf_counter(), 0.0)
-        self._end -= min(seconds, left / 2)
-
-    def part(self, share: float) -> Callable[[], bool]:
-        """Whether this share of what is left now has gone by."""
-        now = time.perf_counter()
-        end = now + share * max(self._end - now, 0.0)
-        return lambda: time.perf_counter() >= end
-
-    def over(self) -> bool:
-        return time.perf_counter() >= self._end
-
-    def spent(self) -> float:
-        return time.perf_counter() - self._begin
 
 
 @dataclass
@@ -80,96 +60,129 @@ class Search:
         self,
         config: BuildConfig,
         bench: Workbench,
-        modes: Mapping[str, Plan],
+        full: Plan,
         split: Split,
         metric: Metric,
         rows_to_come: int,
         clock: Clock,
     ) -> None:
-        self._config, self._bench, self._modes = config, bench, modes
+        """full: the plan in which every site that can be is quantized, with its recipes."""
+        self._config, self._bench, self._full = config, bench, full
         self._split, self._metric, self._n, self._clock = split, metric, rows_to_come, clock
-        last = list(modes.values())[-1]
-        self._base = replace(last, mode=None)
-        recipes = {site: entry.recipe for site, entry in last.sites.items() if entry.recipe}
-        self.nodes: tuple[Node, ...] = chain(last.layers, bench.quantizable(), recipes)
+        self._base = replace(full, mode=None)
+        recipes = {site: entry.recipe for site, entry in full.sites.items() if entry.recipe}
+        self.nodes: tuple[Node, ...] = chain(full.layers, bench.quantizable(), recipes)
         self.scores: dict[str, Score] = {}
-        self._by_key = {plan.key(): name for name, plan in modes.items()}
-        self._found = Found({FLOAT: modes[FLOAT]}, {})
+        self.losses: list[list[float]] = []
+        self.table: costs.CostTable | None = None
+        plain = plan_of(self._base, self.nodes, [0] * len(self.nodes))
+        self._float = replace(plain, mode=FLOAT, scales={}, outliers={})
+        self.modes: dict[str, Plan] = {}
+        self._names: dict[str, str] = {}
+        self._found = Found({}, {})
+        self._drop_limits = sorted(
+            {spec.drop / 100.0 for spec in config.tiers.values() if spec.drop is not None}
+        )
 
     def run(self) -> Found:
         """Measure, propose, look, time. What the clock forbids is left out, never the timing."""
-        begin = time.perf_counter()
-        self._look(FLOAT, self._modes[FLOAT])
+        self._look(FLOAT, self._float)
         self._metric.check(self._logits(FLOAT), self._split)
-        share = self._n / max(self._split.rows.n, 1)
-        self._clock.reserve((time.perf_counter() - begin) * share * (2 + len(self._config.tiers)))
-        self.table = costs.measured(
-            self._bench, self._base, self.nodes, self._split, self._config.mix
-        )
-        self._score()
-        self.losses = self._losses()
-        {"milp": self._milp, "greedy": self._greedy, "lower-loss": self._lower_loss}[
-            self._config.strategy
-        ]()
-        if self._config.strategy == "milp":
-            for name, plan in self._modes.items():
-                self._look(name, plan)
+        self._clock.reserve(self._to_come())
+        strategy, order = self._config.strategy, self._config.order
+        if strategy != "samp":
+            stop = self._clock.part(STAMPING)
+            self.table = costs.measured(
+                self._bench, self._base, self.nodes, self._split, self._config.mix, stop
+            )
+        if strategy != "samp" or order == "sensitivity":
+            self._score(measured=strategy != "samp")
+        layers = layer_order(order, self._full.layers, self.scores)
+        self.modes = modes(self._full, layers, "" if order == "first" else order)
+        self._names |= {plan.key(): name for name, plan in self.modes.items()}
+        {
+            "samp": self._samp,
+            "milp": self._milp,
+            "greedy": self._greedy,
+            "lower-loss": self._lower_loss,
+        }[strategy]()
         self._time()
-        self._found.record = self._record()
+        self._found.record = {"order": order, "layers": layers} if strategy == "samp" else {}
+        if self.table is not None:
+            self._found.record = self._record(self.table)
         return self._found
+
+    def _to_come(self) -> float:
+        """Seconds that verifying and timing will take, by what one row takes in float.
+
+        Each promise tests about three plans that take 0.7 of float's time; the plans served are
+        timed in three sizes, about 600 rows each, and all candidates once more.
+        """
+        bench = self._bench
+
+        def pace() -> float:
+            session, batch = bench.session(self._float), bench.shapes(self._split)[-1].batch
+            session.run(batch, output=bench.head.encoder_output)
+            begin = time.perf_counter()
+            session.run(batch, output=bench.head.encoder_output)
+            return (time.perf_counter() - begin) / (len(batch.cu_seqlens) - 1)
+
+        row_s = float(bench.cache.json("pace", bench.key(self._float, self._split), pace))
+        tiers = len(self._config.tiers)
+        rows = self._n * (1.0 + 2.1 * len(self._drop_limits)) + 600.0 * (1 + tiers) + 2000.0
+        return row_s * rows + 2.0
 
     # measuring
 
-    def _score(self) -> None:
+    def _score(self, measured: bool) -> None:
+        """Cheap scores of every node, and the KL of those that the clock allows."""
         bench, split = self._bench, self._split
         every = self._config.strategy == "lower-loss"
         rows = len(split.encodings) if every else sensitivity.CHEAP_ROWS
-        scores = sensitivity.cheap_scores(bench, self._base, self.nodes, split, rows)
-
-        def dearest(name: str) -> tuple[float, float]:
-            score = scores[name]
-            return (-(score.fisher or 0.0), score.sqnr_db)
-
-        order = sorted(scores, key=dearest)
-        stop = self._clock.part(SENSITIVITY)
-        found = sensitivity.measured_kl(bench, self._base, self.nodes, split, order, stop)
-        self.scores = sensitivity.with_kl(scores, found)
-
-    def _losses(self) -> list[list[float]]:
+        self.scores = sensitivity.cheap_scores(bench, self._base, self.nodes, split, rows)
+        if measured:
+            order = sorted(self.scores, key=lambda name: -self.scores[name].cheap)
+            stop = self._clock.part(SENSITIVITY)
+            found = sensitivity.measured_kl(bench, self._base, self.nodes, split, order, stop)
+            self.scores = sensitivity.with_kl(self.scores, found)
         kl = sensitivity.estimated(self.scores)
-        return [
+        self.losses = [
             [0.0] * (len(node.options) - 1) + [kl[node.name]] if node.name in kl else [0.0]
             for node in self.nodes
         ]
 
     def _logits(self, name: str) -> Any:
-        title = f"search: {name}" + (f" ({self._front()})" if name not in self._modes else "")
+        title = f"search: {name}" + (f" ({self._front()})" if name not in self.modes else "")
         return self._bench.logits(self._found.plans[name], self._split, title)
 
     def _look(self, name: str, plan: Plan) -> Candidate | None:
         """The candidate of a plan by its modelled latency; None where the time is up.
 
-        A plan that is one of SAMP's modes goes by that name.
+        A plan that is one of SAMP's modes goes by that name, any other by its first.
         """
-        name = self._by_key.setdefault(plan.key(), name)
-        plan = self._modes.get(name, plan)
+        name = self._names.setdefault(plan.key(), name)
+        plan = self.modes.get(name, plan)
         found = self._found
         if name in found.candidates:
             return found.candidates[name]
-        if self._clock.over() and name not in (FLOAT, list(self._modes)[-1]):
+        always = (self._float.key(), self._full.key())
+        if self._clock.over() and plan.key() not in always:
             return None
         found.plans[name] = plan
-        reference = self._bench.logits(self._modes[FLOAT], self._split, f"search: {FLOAT}")
         ms = 0.0
-        if self.scores or name != FLOAT:
+        if self.table is not None:
             found.modelled[name] = self._modelled(plan)
             ms = self._weigh(found.modelled[name]["latency_ms"])
-        made = self._metric.candidate(name, ms, reference, self._logits(name), self._split)
-        found.candidates[name] = made
+        logits = self._logits(name)
+        reference = self._bench.logits(self._float, self._split, f"search: {FLOAT}")
+        made = self._metric.candidate(name, ms, reference, logits, self._split)
+        kl = max(self._bench.divergence(reference, logits), 0.0)
+        found.candidates[name] = replace(made, kl=kl)
         self._keep_best()
-        return made
+        return found.candidates[name]
 
     def _modelled(self, plan: Plan) -> dict[str, Any]:
+        assert self.table is not None
         choice = choice_of(plan, self.nodes)
         latency = {bucket: self.table.total(choice, bucket) for bucket in self.table.edges}
         return {"latency_ms": latency, "kl": milp.lost(self.losses, choice)}
@@ -184,22 +197,63 @@ class Search:
         return self._bound(candidate) <= limit
 
     def _time(self) -> None:
-        """Whole plans on the device, all interleaved: the latencies that choices are made with."""
+        """Whole plans on the device, all interleaved: the latencies that choices are made with.
+
+        What another plan beats in bound and clearly in modelled time keeps its modelled latency.
+        """
         found = self._found
+        if self.table is not None:
+            found.modelled[FLOAT] = self._modelled(found.plans[FLOAT])
+            ms = self._weigh(found.modelled[FLOAT]["latency_ms"])
+            found.candidates[FLOAT] = replace(found.candidates[FLOAT], latency_ms=ms)
+        found.candidates = {c.name: c for c in allocate.pooled(list(found.candidates.values()))}
+        hopeless = set() if self.table is None else self._hopeless()
+        plans = {name: plan for name, plan in found.plans.items() if name not in hopeless}
         measured = self._bench.latencies(
-            found.plans, self._split, "measure latencies", tuple(self._config.mix)
+            plans, self._split, "measure latencies", tuple(self._config.mix)
         )
-        found.modelled[FLOAT] = self._modelled(found.plans[FLOAT])
         for name, candidate in found.candidates.items():
-            ms = self._weigh(measured[name])
-            found.candidates[name] = replace(candidate, latency_ms=ms)
+            if name in plans:
+                ms = self._weigh(measured[name])
+                found.candidates[name] = replace(candidate, latency_ms=ms)
+            else:
+                found.candidates[name] = replace(candidate, timed=False)
+
+    def _hopeless(self) -> set[str]:
+        """Plans that need not be timed; the modes are, where a tier is chosen along them."""
+        ordered = sorted(self._found.candidates.values(), key=self._bound)
+        kept = {FLOAT, self._names.get(self._full.key(), "")}
+        if any(spec.free for spec in self._config.tiers.values()):
+            kept |= set(self.modes)
+        hopeless, fastest = set(), float("inf")
+        for candidate in ordered:
+            if candidate.name not in kept and candidate.latency_ms * (1 - HOPELESS) > fastest:
+                hopeless.add(candidate.name)
+            fastest = min(fastest, candidate.latency_ms)
+        return hopeless
 
     # strategies
 
+    def _samp(self) -> None:
+        """SAMP's own two modes, over the order of layers that was asked for."""
+        for name, plan in self.modes.items():
+            if not name.startswith("gemms"):
+                self._look(name, plan)
+
     def _milp(self) -> None:
-        """Move the budget of KL until each promise's bound fits: by halves, over a staircase."""
-        edges = self.table.weighted(self._config.mix)
-        self.stairs = milp.staircase(edges, self.losses)
+        """The staircase of fastest plans by loss, and near it what others would propose.
+
+        KL adds up well enough (a plan's is 0.9 to 1.4 times its nodes' on recorded tasks) that
+        the staircase is solved once; each look then tells what a plan really loses.
+        """
+        assert self.table is not None
+        last = self._full.layers
+        for name, plan in self.modes.items():
+            whole = name.split("(")[1].startswith((f"{last})", f"{last},"))
+            if whole or any(spec.free for spec in self._config.tiers.values()):
+                self._look(name, plan)
+        self._edges = self.table.weighted(self._config.mix)
+        self.stairs = milp.staircase(self._edges, self.losses)
         looked: dict[int, Candidate] = {}
 
         def look(index: int) -> Candidate | None:
@@ -210,32 +264,63 @@ class Search:
                     looked[index] = made
             return looked.get(index)
 
-        wishes = self._config.tiers.values()
         for share in SHARES:
-            for promise in sorted({spec.drop / 100.0 for spec in wishes if spec.drop is not None}):
+            for promise in self._drop_limits:
                 last_fit(len(self.stairs), look, partial(self._fits, share * promise))
-        for ceiling in sorted({spec.latency for spec in wishes if spec.latency is not None}):
-            base = self._weigh(self.table.base_ms)
-            under = [i for i, s in enumerate(self.stairs) if s.cost + base <= ceiling]
+        ceilings = {s.latency for s in self._config.tiers.values() if s.latency is not None}
+        base = self._weigh(self.table.base_ms)
+        total = sum(self._config.mix.values())
+        for ceiling in sorted(ceilings):
+            under = [i for i, s in enumerate(self.stairs) if s.cost / total + base <= ceiling]
             first = under[0] if under else len(self.stairs) - 1
             for index in (first, first + 1, first - 1):
                 if 0 <= index < len(self.stairs):
                     look(index)
+        for name, choice in self._rivals():
+            self._look(name, plan_of(self._base, self.nodes, choice))
+
+    def _rivals(self) -> list[tuple[str, Sequence[int]]]:
+        """Modes and greedy's plans that are, as modelled, no more than NEAR slower than the stair
+        of their loss, and lose no more than the safest plan over every promise.
+
+        They are points of the same model, so that most are known to be no better without a look.
+        """
+        over = [
+            self._found.modelled[c.name]["kl"]
+            for c in self._found.candidates.values()
+            if c.name != FLOAT and self._drop_limits and self._bound(c) > self._drop_limits[-1]
+        ]
+        most = min(over, default=float("inf"))
+        near = []
+        modes = [(name, choice_of(plan, self.nodes)) for name, plan in self.modes.items()]
+        for name, choice in (*modes, *self._reverted()):
+            loss = milp.lost(self.losses, choice)
+            stair = min(s.cost for s in self.stairs if s.loss <= loss * (1 + 1e-9))
+            slower = path_cost(self._edges, choice) / stair - 1.0
+            if loss <= most and slower <= NEAR:
+                near.append((slower, name, choice))
+        return [(name, choice) for _, name, choice in sorted(near)[:RIVALS]]
+
+    def _reverted(self) -> list[tuple[str, tuple[int, ...]]]:
+        """All int8, then the dearest node back in fp32, and so on: greedy's path."""
+        kl = sensitivity.estimated(self.scores)
+        choice = [len(node.options) - 1 for node in self.nodes]
+        place = {node.name: index for index, node in enumerate(self.nodes)}
+        found = [("greedy(0)", tuple(choice))]
+        for count, name in enumerate(sorted(kl, key=lambda name: -kl[name]), start=1):
+            choice[place[name]] = 0
+            found.append((f"greedy({count})", tuple(choice)))
+        return found
 
     def _greedy(self) -> None:
         """From all int8, give the dearest node back to fp32 until the strictest promise holds.
 
         As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline.
         """
-        drops = [spec.drop / 100.0 for spec in self._config.tiers.values() if spec.drop is not None]
-        kl = sensitivity.estimated(self.scores)
-        choice = [len(node.options) - 1 for node in self.nodes]
-        place = {node.name: index for index, node in enumerate(self.nodes)}
-        for count, name in enumerate([None, *sorted(kl, key=lambda name: -kl[name])]):
-            if name is not None:
-                choice[place[name]] = 0
-            made = self._look(f"greedy({count})", plan_of(self._base, self.nodes, choice))
-            if made is None or (drops and self._bound(made) <= SHARES[-1] * min(drops)):
+        for name, choice in self._reverted():
+            made = self._look(name, plan_of(self._base, self.nodes, choice))
+            enough = SHARES[-1] * min(self._drop_limits, default=0.0)
+            if made is None or (self._drop_limits and self._bound(made) <= enough):
                 break
 
     def _lower_loss(self) -> None:
@@ -282,11 +367,12 @@ class Search:
                     best[tier] = self._found.plans[name]
         keep_best(self._config.folder, best)
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self, table: costs.CostTable) -> dict[str, Any]:
         kl = sensitivity.estimated(self.scores)
-        buckets = self.table.edges
+        buckets = table.edges
         return {
             "strategy": self._config.strategy,
+            "order": self._config.order,
             "budget_s": self._config.budget_s,
             "spent_s": round(self._clock.spent(), 1),
             "quantizable": self._bench.quantizable(),
@@ -295,71 +381,11 @@ class Search:
             "rank_correlation": correlations(self.scores.values()),
             "sites": [{**asdict(s), "estimate": kl[name]} for name, s in self.scores.items()],
             "costs": {
-                bucket: {"edges": buckets[bucket], "base_ms": self.table.base_ms[bucket]}
+                bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets
             },
             "modelled": self._found.modelled,
         }
-
-
-def keep_best(out: Path, best: Mapping[str, Plan]) -> None:
-    """`<out>/best/<tier>.json`: plans that a stopped build leaves, not verified."""
-    folder = out / "best"
-    for tier, plan in best.items():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{tier}.partial"
-        partial.write_text(plan.to_json(), encoding="utf-8")
-        os.replace(partial, folder / f"{tier}.json")
-
-
-def forget_best(out: Path) -> None:
-    """A finished build serves its plans; those on the way to it are no longer needed."""
-    shutil.rmtree(out / "best", ignore_errors=True)
-
-
-def loss_report(bench: Workbench, found: Found, splits: Mapping[str, Split]) -> dict[str, Any]:
-    """Of the plan with every helpful node: what it does to the loss of each split."""
-    plans = [name for name in found.plans if name.startswith("lower-loss")]
-    if not plans or bench.task.gold != "label":
-        return {}
-    name = plans[0]
-    float_plan, plan = found.plans[FLOAT], found.plans[name]
-    return {"plan": name} | {
-        title: loss_change(bench, float_plan, plan, split) for title, split in splits.items()
-    }
-
-
-def loss_note(report: Mapping[str, Any]) -> list[str]:
-    """The held-out part of `loss_report` in words, whichever way it came out."""
-    if not report:
-        return []
-    held = report["verification"]
-    return [
-        f"{report['plan']}: cross-entropy {held['loss']:.5f} on held-out rows, float "
-        f"{held['float_loss']:.5f}; change {held['change']:+.5f} "
-        f"[{held['low']:+.5f}, {held['high']:+.5f}], n {held['n']:,}"
-    ]
-
-
-def loss_change(bench: Workbench, reference: Plan, plan: Plan, split: Split) -> dict[str, float]:
-    """What a plan does to the mean cross-entropy over a split, with its paired 95% interval."""
-    rows = np.arange(len(split.gold))
-
-    def losses(some: Plan, title: str) -> Any:
-        logits = bench.logits(some, split, title).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        return np.log(np.exp(logits).sum(axis=1)) - logits[rows, split.gold]
-
-    before, after = losses(reference, "loss: float"), losses(plan, "loss: the plan")
-    change = evaluate.mean_interval(after - before)
-    return {
-        "n": len(rows),
-        "float_loss": float(before.mean()),
-        "loss": float(after.mean()),
-        "change": change.value,
-        "low": change.low,
-        "high": change.high,
-    }
 
 
 def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:

@@ -51,6 +51,12 @@ class Score:
     signed_whole_error: float | None = None
     kl: float | None = None
 
+    @property
+    def cheap(self) -> float:
+        """fisher where the head has a gradient, else the noise power 10^(-sqnr / 10)."""
+        power = 10.0 ** (-self.sqnr_db / 10.0)
+        return max(power if self.fisher is None else self.fisher, 1e-15)
+
 
 def cheap_scores(
     bench: Workbench, base: Plan, nodes: Sequence[Node], split: Split, rows: int = CHEAP_ROWS
@@ -97,19 +103,11 @@ def measured_kl(
 
 
 def estimated(scores: Mapping[str, Score]) -> dict[str, float]:
-    """KL of every node: as measured, else its cheap score times the median ratio of the measured.
-
-    fisher where the head has a gradient, else the noise power 10^(-sqnr / 10).
-    """
-
-    def cheap(score: Score) -> float:
-        power = 10.0 ** (-score.sqnr_db / 10.0)
-        return max(power if score.fisher is None else score.fisher, 1e-15)
-
-    ratios = [s.kl / cheap(s) for s in scores.values() if s.kl is not None and s.kl > 0.0]
+    """KL of every node: as measured, else its cheap score times the measured ones' median ratio."""
+    ratios = [s.kl / s.cheap for s in scores.values() if s.kl is not None and s.kl > 0.0]
     ratio = float(np.median(ratios)) if ratios else 1.0
     return {
-        name: cheap(score) * ratio if score.kl is None else max(score.kl, 0.0)
+        name: score.cheap * ratio if score.kl is None else max(score.kl, 0.0)
         for name, score in scores.items()
     }
 

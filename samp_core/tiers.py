@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from samp_kernels.interface import Array
@@ -12,6 +12,7 @@ from samp_core import allocate, evaluate
 from samp_core.allocate import Candidate
 from samp_core.config import TierSpec
 from samp_core.metrics import Accuracy, Metric
+from samp_core.modes import KINDS
 from samp_core.plan import Plan
 from samp_core.workbench import Split, Workbench
 
@@ -61,11 +62,18 @@ class Verifier:
         self._split = split
         self.alpha = alpha
         self.n = split.rows.n
+        self._texts: dict[str, Array] = {}
+
+    def ran(self, name: str) -> bool:
+        """Whether a plan has been run over the split."""
+        return name in self._texts
 
     def texts(self, name: str) -> Array:
         """What the metric makes of each text under a plan; whether it is right, for accuracy."""
-        logits = self._bench.logits(self._plans[name], self._split, f"verify: {name}")
-        return self.metric.measure(logits, self._split)
+        if name not in self._texts:
+            logits = self._bench.logits(self._plans[name], self._split, f"verify: {name}")
+            self._texts[name] = self.metric.measure(logits, self._split)
+        return self._texts[name]
 
     def test(self, name: str, promise: float) -> evaluate.DropTest:
         return self.metric.test(self.texts(FLOAT), self.texts(name), promise, self.alpha)
@@ -99,13 +107,18 @@ def choose(
     spec: TierSpec,
     candidates: Mapping[str, Candidate],
     verifier: Verifier,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Choice:
-    """The plan of one tier, by its wish; verified where it promises a drop."""
+    """The plan of one tier, by its wish; verified where it promises a drop.
+
+    After `stop` no further plan is run over the verification rows but a tier's first.
+    """
     reference = candidates[FLOAT]
-    faster = [c for c in candidates.values() if c.latency_ms < reference.latency_ms]
+    timed = [c for c in candidates.values() if c.timed]
+    faster = [c for c in timed if c.latency_ms < reference.latency_ms]
     everything = [reference, *faster]
     if spec.drop is not None:
-        return _by_drop(tier, spec, reference, everything, verifier)
+        return _by_drop(tier, spec, reference, everything, verifier, stop)
     if spec.latency is not None:
         chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, verifier.alpha)
         if chosen is not None:
@@ -118,7 +131,7 @@ def choose(
         return Choice(tier, spec, fastest.name, (), False, (note,))
     recommended = [
         allocate.decay_aware([reference, *(c for c in everything if c.name.startswith(kind))])
-        for kind in ("ffn_only", "full")
+        for kind in KINDS
     ]
     best = min(recommended, key=lambda c: c.latency_ms)
     return Choice(tier, spec, best.name, (), True)
@@ -152,6 +165,7 @@ def _by_drop(
     reference: Candidate,
     candidates: Sequence[Candidate],
     verifier: Verifier,
+    stop: Callable[[], bool],
 ) -> Choice:
     assert spec.drop is not None
     promise = spec.drop / 100.0
@@ -159,10 +173,17 @@ def _by_drop(
     sequence = allocate.drop_sequence(
         candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=verifier.alpha
     )
-    result = evaluate.fixed_sequence(
-        [c.name for c in sequence], lambda name: verifier.test(name, promise)
-    )
     notes: list[str] = []
+
+    def until_late() -> Iterator[str]:
+        for place, candidate in enumerate(sequence):
+            if place and stop() and not verifier.ran(candidate.name):
+                rest = len(sequence) - place
+                notes.append(f"tier {tier}: the time budget left {rest} faster plans untested")
+                return
+            yield candidate.name
+
+    result = evaluate.fixed_sequence(until_late(), lambda name: verifier.test(name, promise))
     unchanged = verifier.test(FLOAT, promise)
     met = result.served is not None or unchanged.passed
     if not unchanged.passed:

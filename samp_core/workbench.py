@@ -63,6 +63,8 @@ class Workbench:
     threads: int
     progress: Progress = silent
     task: Task = TASKS["classification"]
+    sample: tuple[latency.Bucket, ...] = ()
+    """Shapes of the build's own mix, measured beside those of the search split."""
     _backend: Backend | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _packs: dict[tuple[str, str, str], Any] = field(default_factory=dict)
@@ -88,6 +90,11 @@ class Workbench:
     def pieces(self, split: Split) -> list[Encoding]:
         """What the encoder runs for a split: its texts, long ones as their windows."""
         return pieces(split.encodings, self.text.windows)
+
+    def shapes(self, split: Split) -> list[latency.Bucket]:
+        """What latencies are measured on: 1, 8 and 32 texts of a split, and the mix's sample."""
+        offset = self.checkpoint.config.position_offset
+        return [*latency.buckets(self.pieces(split), offset), *self.sample]
 
     def divergence(self, reference: F32, logits: F32) -> float:
         """How far a plan's logits are from float's, by the head's own measure."""
@@ -172,7 +179,7 @@ class Workbench:
         """
 
         def make() -> dict[str, dict[str, float]]:
-            shapes = latency.buckets(self.pieces(split), self.checkpoint.config.position_offset)
+            shapes = self.shapes(split)
             shapes = [shape for shape in shapes if buckets is None or shape.name in buckets]
             step = self.progress(title, sum(bucket.rounds for bucket in shapes))
             calls = {name: self._call(self.session(plan)) for name, plan in plans.items()}
@@ -187,11 +194,18 @@ class Workbench:
             "device": device(self.threads),
             "title": title,
             "buckets": buckets and sorted(buckets),
+            **self.sampled(),
         }
         made: dict[str, dict[str, float]] = self.cache.json(
             "latency", {**key, **self.key(self.base_plan(), split)}, make
         )
         return made
+
+    def sampled(self) -> dict[str, Any]:
+        """What measured shapes depend on beside the split: the lengths of the mix's sample."""
+        if not self.sample:
+            return {}
+        return {"sample": {b.name: np.diff(b.batch.cu_seqlens).tolist() for b in self.sample}}
 
     def close(self) -> None:
         self._sessions.clear()

@@ -36,7 +36,7 @@ from samp_core.plan import Plan
 GEMMS = ("qkv", "out", "ffn_in", "ffn_out")
 TIER_KEYS = {
     *("name", "plan", "metric", "value", "ci95", "drop_bound"),
-    *("promise", "met", "latency_ms", "size_mb"),
+    *("promise", "met", "latency_ms", "size_mb", "foretold_ms"),
 }  # fmt: skip
 
 
@@ -124,7 +124,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def test_the_report(first: Built) -> None:
     assert first.done.code == 0, first.done.err
     report = first.report
-    assert set(report) == {"repository", "tiers", "seconds", "cache", "forwards", "warnings"}
+    keys = {"repository", "tiers", "seconds", "cache", "forwards", "warnings", "search"}
+    assert set(report) == keys
     assert report["repository"] == str(first.out)
     assert [row["name"] for row in report["tiers"]] == ["exact", "high", "balanced", "fast"]
     assert [row["promise"] for row in report["tiers"]] == [

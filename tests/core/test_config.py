@@ -122,7 +122,27 @@ def test_a_config_is_frozen() -> None:
         config().threads = 4  # type: ignore[misc]
 
 
+def test_a_mix_may_be_a_file_of_texts() -> None:
+    build = config(mix="texts.jsonl")
+    assert (build.mix_texts, build.mix) == (Path("texts.jsonl"), {"1": 1.0})
+    assert BuildConfig.model_validate(build.model_dump(mode="json")) == build
+    resolved = build.model_copy(update={"mix": {"1x12": 0.5, "8x90": 0.5}})
+    assert BuildConfig.model_validate(resolved.model_dump(mode="json")) == resolved
+
+
 # mistakes
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tiers:\n  a: {drop: 1}\n  a: {drop: 2}\n", ["build.yaml:3: 'a' stands there twice"]),
+        ("name: x\nname: y\n", ["build.yaml:2: 'name' stands there twice"]),
+        ("tiers: {a: {drop: 1, drop: 2}}\n", ["'drop' stands there twice"]),
+    ],
+)
+def test_a_name_that_stands_twice(text: str, words: list[str], tmp_path: Path) -> None:
+    refuse("bad_config", *words, file=write(tmp_path, text), model="m", data="d")
 
 
 @pytest.mark.parametrize(
@@ -134,7 +154,7 @@ def test_a_config_is_frozen() -> None:
         ({"modle": "x"}, ["modle", "allowed: fields model, data"]),
         ({"threads": 0}, ["threads", "greater than or equal to 1", "0"]),
         ({"threads": "two"}, ["threads", "'two'"]),
-        ({"backend": "cuda"}, ["backend", "'onednn' or 'reference'", "'cuda'"]),
+        ({"backend": "tpu"}, ["backend", "'reference'", "'tpu'"]),
         ({"task": "translation"}, ["task", "'classification'", "'translation'"]),
         ({"calibrator": "max"}, ["calibrator", "'minmax'", "'entropy'"]),
         ({"percentile": 50}, ["percentile", "greater than 50"]),
@@ -151,7 +171,18 @@ def test_a_config_is_frozen() -> None:
         ({"tiers": {"a": {"drop": 101}}}, ["tiers.a.drop", "100"]),
         ({"tiers": {"a": {"latency": -1}}}, ["tiers.a.latency", "greater than 0"]),
         ({"tiers": {"a": {"latency": float("inf")}}}, ["tiers.a.latency", "finite"]),
+        ({"tiers": {"a": {"latency": float("nan")}}}, ["tiers.a.latency", "got nan"]),
+        ({"tiers": {"a": {"drop": float("nan")}}}, ["tiers.a.drop", "got nan"]),
+        ({"tiers": {"a": {"drop": -0.5}}}, ["tiers.a.drop", "greater than 0"]),
         ({"tiers": {"a": {"speed": 1}}}, ["tiers.a.speed"]),
+        ({"strategy": "best"}, ["strategy", "'milp', 'samp', 'greedy' or 'lower-loss'", "'best'"]),
+        ({"order": "middle"}, ["order", "'first', 'last' or 'sensitivity'", "'middle'"]),
+        ({"budget_s": float("inf")}, ["budget_s", "finite"]),
+        ({"budget_s": -1}, ["budget_s", "greater than 0"]),
+        ({"mix": {}}, ["mix {}", "1, 8, 32, or a file"]),
+        ({"mix": {"4": 1}}, ["1, 8, 32, or a file"]),
+        ({"mix": {"1": -1}}, ["mix.1", "greater than 0"]),
+        ({"mix": 5}, ["mix", "5"]),
         ({"tiers": "fast"}, ["tiers", "'fast'"]),
         ({"default_tier": "turbo"}, ["'turbo' is none of exact, high, balanced, fast"]),
         ({"data": {}}, ["data", "one file `data`, or `search` and `verification`"]),

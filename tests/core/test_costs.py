@@ -17,7 +17,7 @@ from samp_core import costs
 from samp_core.build import open_workbench, plan_modes, read_splits
 from samp_core.chain import chain, choice_of, plan_of
 from samp_core.config import load_config
-from samp_core.costs import CostTable, covering, fit
+from samp_core.costs import CostTable, covering, fit, line
 from samp_core.plan import Recipe
 from samp_core.workbench import silent
 
@@ -56,12 +56,28 @@ def test_an_additive_device_is_fitted_exactly(sizes: list[int], seed: int) -> No
         np.testing.assert_allclose(np.array(half), 2 * np.array(edge))
 
 
+@given(
+    st.lists(st.floats(0.1, 10), min_size=2, max_size=4, unique=True),
+    st.floats(0.75, 1.25),
+    st.floats(0, 2),
+)
+def test_stamps_are_scaled_to_whole_passes(totals: list[float], slope: float, rest: float) -> None:
+    x = np.array(totals)
+    found = line(x, slope * x + rest)
+    if x.max() - x.min() > 0.05 * x.mean():
+        assert found == pytest.approx((slope, rest), abs=1e-6)
+    assert line(np.full(4, 2.0), np.array([2.4, 2.5, 2.6, 2.5])) == pytest.approx((1.0, 0.5))
+    wild, _ = line(x, 9.0 * x)
+    assert wild in (1.0, 1.0 + costs.LARGEST_SCALE)
+
+
 @pytest.mark.parametrize("backend", ["onednn", "reference"])
 def test_the_stamps_of_a_device(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stamps lie inside the pass, every site has some, and the cache knows them."""
-    monkeypatch.setattr(costs, "ROUNDS", {"1": 2, "8": 1, "32": 1})
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "FEWEST", 2)
     yaml = small().yaml(tmp_path / "b.yaml", out=str(tmp_path / "out"), backend=backend)
     config = load_config(yaml, {})
     bench = open_workbench(config, silent)
@@ -75,7 +91,11 @@ def test_the_stamps_of_a_device(
     every = [len(node.options) - 1 for node in nodes]
     assert plan_of(full, nodes, every).key() == full.key()
     assert choice_of(full, nodes) == tuple(every)
-    table = costs.measured(bench, full, nodes, search, {"1": 1.0, "8": 0.5})
+    asked = []
+    table = costs.measured(
+        bench, full, nodes, search, {"1": 1.0, "8": 0.5}, lambda: asked.append(1) is None
+    )
+    assert len(asked) == 2, "each bucket stops when the time is up"
     for bucket in ("1", "8"):
         for place, node in enumerate(nodes, start=1):
             times = np.array(table.edges[bucket][place])

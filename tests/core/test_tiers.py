@@ -86,6 +86,23 @@ def test_the_fastest_that_passes_is_served_and_the_first_failure_stops() -> None
     assert "full(4)" not in source.asked
 
 
+def test_when_the_time_is_up_only_the_first_is_run() -> None:
+    lost = {FLOAT: 0, "full(1)": 0, "full(2)": 1, "full(3)": 2, "full(4)": 3}
+    checked = verifier(Logits(lost))
+    found = candidates(LADDER)
+    spec = TierSpec(drop=5.0)
+    late = choose("late", spec, found, checked, lambda: True)
+    assert len(late.tests) == 1
+    assert (late.plan, late.met) == (names(late)[0], True)
+    rest = len(names(choose("all", spec, found, verifier(Logits(lost))))) - 1
+    assert f"tier late: the time budget left {rest} faster plans untested" in late.warnings
+    # What another tier has run costs nothing more.
+    choose("early", spec, found, checked)
+    again = choose("late", spec, found, checked, lambda: True)
+    assert again.plan == "full(4)"
+    assert again.warnings == ()
+
+
 def test_every_test_is_what_the_verification_rows_say() -> None:
     choice, _ = serve(TierSpec(drop=1.0), {"full(1)": 2, "full(2)": 4, "full(3)": 9, "full(4)": 99})
     lost = {"full(1)": 2, "full(2)": 4, "full(3)": 9, "full(4)": 99}
