@@ -18,7 +18,9 @@ def loadtest(
         int | None,
         typer.Option(help="Concurrent callers (8); with a rate the most in flight (64)."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How long; with --slo one step (5).")] = 15.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="How long (15); with --slo one step (5).")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Texts in one request.")] = 1,
     texts: Annotated[Path | None, typer.Option(help="A .jsonl or plain text file.")] = None,
     lengths: Annotated[
@@ -60,12 +62,13 @@ def loadtest(
         "workers": workers,
     }
     if slo is not None:
-        step_s = seconds if seconds != 15.0 else 5.0
-        _search(slo, address, tier, users or 64, step_s, budget, png, common, as_json)
+        most, step_s = 64 if users is None else users, 5.0 if seconds is None else seconds
+        _search(slo, address, tier, most, step_s, budget, png, common, as_json)
         return
+    seconds = 15.0 if seconds is None else seconds
+    count = (64 if rate else 8) if users is None else users
     with show.progress() as progress:
         total = int(seconds)
-        count = users or (64 if rate else 8)
         offered = f", {rate:g}/s {shape}" if rate else ""
         step = progress(f"load test: {tier}, {count} users{offered}", total)
         shown = 0

@@ -231,6 +231,8 @@ def test_kill_9_of_everything_is_swept_up_by_the_next_start(tiny_out: Path, serv
         sweep(embedded.cache_folder() / "run")
         swept = _gone(line["pid"], line["prefix"], within_s=0.2)
     assert swept
+    left = {path.suffix for path in (embedded.cache_folder() / "run").glob(f"{line['prefix']}*")}
+    assert left <= {".log"}, "its lock, its repository folder and what it said of itself are gone"
 
 
 def test_shared_memory_stops_growing(tiny_out: Path) -> None:
