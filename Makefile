@@ -40,7 +40,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-tasks bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -120,6 +120,9 @@ bench-served: $(VENV)/.native ## the same encoder through a Triton: share of its
 
 bench-serving: demo-checkpoint ## the demo's tiers beside a plain Triton model
 	@$(BIN)/python benchmarks/serving.py $(BENCH)
+
+bench-tasks: demo-checkpoint ## every task by every strategy, with what is on this machine (hours)
+	@$(BIN)/python benchmarks/tasks.py $(BENCH)
 
 bench-layout: demo-checkpoint ## threads, instances and queue delays of the server (after make demo)
 	@$(BIN)/python benchmarks/layout.py $(BENCH)

@@ -1,0 +1,67 @@
+"""The tables of the task benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+ONE = "1"
+SERVED = (
+    "tier", "strategy", "plan", "drop bound pt", "ms, all together", "modelled/measured",
+    "fresh: drop pt, 95% from", "promise holds on fresh",
+)  # fmt: skip
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One pair: modes by number of layers, served plans by promise and strategy, builds."""
+    console = Console(width=150)
+    name = rows[0]["model"]
+    modes = [row for row in rows if row["kind"] == "mode"]
+    base = _ms(modes[0])
+    table = Table(title=f"{name}: SAMP's modes on {modes[0]['verification']['n']:,} rows")
+    for head in ("mode", modes[0]["metric"], "95%", "drop pt", "ms, 1 text", "speed-up"):
+        table.add_column(head, justify="right")
+    for row in modes:
+        found = row["verification"]
+        low, high = found["ci95"]
+        table.add_row(
+            row["mode"], f"{100 * found['value']:.2f}", f"[{100 * low:.1f}, {100 * high:.1f}]",
+            f"{100 * found['drop']:.2f}", f"{_ms(row):.3f}", f"{base / _ms(row):.2f}x",
+        )  # fmt: skip
+    console.print(table)
+    table = Table(title=f"{name}: what each strategy serves")
+    for head in SERVED:
+        table.add_column(head, justify="right")
+    tiers = [row for row in rows if row["kind"] == "tier" and row["name"] != "exact"]
+    for row in sorted(tiers, key=lambda row: row["name"]):
+        fresh, promise = row["fresh"], promised(row)
+        table.add_row(
+            row["name"], row["strategy"], str(row["plan"])[:40],
+            f"{100 * row['verification']['upper_bound']:.2f}", f"{_ms(row):.3f}", _model(row),
+            f"{100 * fresh['drop']:.2f}, {100 * fresh['lower_bound']:.2f}",
+            "-" if promise is None else "yes" if fresh["lower_bound"] <= promise else "NO",
+        )  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row["kind"] == "build":
+            kept = "" if row["cold"] else ", after the one before it: much was in the cache"
+            console.print(f"{name}: build by {row['strategy']} {row['seconds']:.0f} s{kept}")
+
+
+def promised(row: Mapping[str, Any]) -> float | None:
+    """The promised drop of a tier as a fraction; its name has it in points: p0-5."""
+    if not row["name"].startswith("p"):
+        return None
+    return float(row["name"][1:].replace("-", ".")) / 100.0
+
+
+def _ms(row: Mapping[str, Any]) -> float:
+    return float(row["together_ms"][ONE])
+
+
+def _model(row: Mapping[str, Any]) -> str:
+    modelled = row["modelled"].get("latency_ms", {}).get(ONE)
+    return f"{modelled / _ms(row):.2f}" if modelled else "-"

@@ -1,0 +1,84 @@
+"""The task benchmark's own arithmetic: which rows are whose, what is absent, what was promised."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    import tasks
+
+    yield tasks
+    sys.path.remove(str(BENCHMARKS))
+
+
+def texts(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("count", [60, 5_000])
+def test_no_row_is_on_two_sides(bench: Any, tmp_path: Path, apart: bool, count: int) -> None:
+    def write(name: str, count: int) -> Path:
+        rows = [{"text": f"{name} {i} caf\u00e9", "label": "a"} for i in range(count)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    searched = write("searched", 40) if apart else None
+    pair = bench.Pair("x", tmp_path, write("rows", count), searched=searched)
+    files = bench.parted(pair, tmp_path / "parts", None)
+    assert files.keys() == {"search", "verification", "fresh"}
+    found = [text for path in files.values() for text in texts(path)]
+    assert len(found) == len(set(found)) == count + 40 * apart
+    assert len(texts(files["fresh"])) >= len(texts(files["verification"])) // 2 - 1
+    assert len(texts(files["verification"])) <= bench.VERIFICATION
+    again = bench.parted(pair, tmp_path / "again", None)
+    assert texts(again["fresh"]) == texts(files["fresh"])
+
+
+def test_its_builds_are_builds(bench: Any, tmp_path: Path) -> None:
+    """Every pair's fields make a configuration, whatever is on this machine."""
+    from samp_core.config import load_config
+
+    (tmp_path / "search.jsonl").write_text("{}\n" * 900)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("search", "verification", "fresh")}
+    how = argparse.Namespace(threads=1, budget=60.0)
+    for pair in bench.pairs(tmp_path, tmp_path):
+        for strategy in bench.STRATEGIES:
+            config = load_config(None, bench.fields(pair, files, strategy, how))
+            assert config.rows.search == 512
+            assert config.strategy == strategy
+            drops = {
+                name: bench.tasks_table.promised({"name": name})
+                for name, spec in config.tiers.items()
+                if spec.drop is not None
+            }
+            assert drops == {
+                name: pytest.approx(spec.drop / 100)
+                for name, spec in config.tiers.items()
+                if spec.drop is not None
+            }
+            assert bench.tasks_table.promised({"name": "recommended"}) is None
+
+
+def test_what_is_absent_is_said(bench: Any, tmp_path: Path) -> None:
+    banking = next(p for p in bench.pairs(tmp_path, tmp_path) if p.name == "banking77")
+    why = bench.missing(banking)
+    assert why.startswith("banking77: no ")
+    assert str(tmp_path / "banking77-test.jsonl") in why
+    (tmp_path / "banking").mkdir()
+    for name in ("banking/config.json", "banking77-test.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert bench.missing(banking) == ""
