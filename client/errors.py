@@ -32,7 +32,7 @@ _UNSENT = re.compile(
     re.IGNORECASE,
 )
 # Comes again with every attempt.
-_TLS = re.compile(r"handshake|certificate|peer name|ssl", re.IGNORECASE)
+_TLS = re.compile(r"handshake|certificate|peer name|ssl_|wrong_version", re.IGNORECASE)
 
 
 class ClientError(Exception):

@@ -66,7 +66,9 @@ class HttpAioTransport:
             raise errors.deadline(what, timeout_s) from None
         except (aiohttp.ClientError, OSError, RuntimeError) as error:
             unsent = isinstance(error, aiohttp.ClientConnectorError)
-            reason = str(error) or type(error).__name__
+            # Of a connection, aiohttp's own text speaks of ssl where there is none.
+            cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+            reason = str(cause) or type(error).__name__
             raise errors.unreachable(what, reason, unsent=unsent) from None
         except (ValueError, KeyError, TypeError) as error:
             raise errors.unreachable(what, f"not an answer of Triton ({error})") from None

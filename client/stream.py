@@ -91,22 +91,32 @@ async def _groups(
     """Consecutive groups of at most `most` rows and about batches.MAX_BYTES bytes."""
     group: list[Row] = []
     size = 0
+    failure: Exception | None = None
     source = _rows(texts)
     try:
-        async for row in source:
-            if row is None:  # the source pauses
-                if group:
-                    yield group
-                    group, size = [], 0
-                continue
-            width = len(rough(row))
-            if group and (len(group) == most or size + width > batches.MAX_BYTES):
+        while True:
+            try:
+                row = await source.__anext__()
+            except StopAsyncIteration:
+                break
+            except Exception as error:  # what came before it is still answered
+                failure = error
+                break
+            width = 0 if row is None else len(rough(row))
+            if group and (row is None or size + width > batches.MAX_BYTES):
                 yield group
                 group, size = [], 0
+            if row is None:  # the source pauses
+                continue
             group.append(row)
             size += width
+            if len(group) == most:
+                yield group
+                group, size = [], 0
         if group:
             yield group
+        if failure is not None:
+            raise failure
     finally:
         await source.aclose()  # type: ignore[attr-defined]
 

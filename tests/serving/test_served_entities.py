@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,9 +140,31 @@ def test_predict_on_the_command_line(served: ServedTask) -> None:
     assert (row["text"], row["truncated"], row["error"]) == (text, False, None)
     shown = forks().samp(*where, "--in", served.made.data).out.splitlines()
     assert len(shown) == len(served.made.rows)
-    compared = forks().samp("ab", "--url", served.server.grpc, "--data", served.made.data)
-    assert compared.code == 1
-    assert "ab_task: tiers that answer entities" in compared.err
+
+
+def test_tiers_compared_and_a_file_answered(served: ServedTask, tmp_path: Path) -> None:
+    where = ("--url", served.server.grpc)
+    found = forks().samp("ab", *where, "--data", served.made.data, "--promise", 90, "--json").json
+    assert (found["metric"], found["accuracy"], found["mcnemar"]) == ("entity F1", None, None)
+    assert found["n"] == len(served.made.rows)
+    # One gold entity in twenty is left out of the rows: float invents so many, and misses none.
+    assert 0.9 < found["values"]["control"] < 1
+    change = found["values"]["control"] - found["values"]["candidate"]
+    low, high = found["difference"]["ci95"]
+    assert low <= found["difference"]["value"] == pytest.approx(change) <= high
+    assert found["verdict"] == "holds"
+    assert found["agreement"] == 1 - len(found["differing"]) / found["n"]
+    out = tmp_path / "out.jsonl"
+    done = forks().samp(
+        "predict", *where, "--tier", "exact", "--in", served.made.data, "--out", out
+    )
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["text"] for row in rows] == [row["text"] for row in served.made.rows]
+    with connect(served.server.grpc) as client:
+        expected = client.entities([row["text"] for row in rows], "exact")
+    for row, one in zip(rows, expected, strict=True):
+        assert [e["text"] for e in row["entities"]] == [e.text for e in one.entities]
 
 
 def test_parts_can_be_called_directly_and_refuse_what_is_wrong(served: ServedTask) -> None:

@@ -133,3 +133,29 @@ def test_predict_and_load(served: ServedTask) -> None:
     figures = run_loadtest(served.server.grpc, "fast", users=3, seconds=2)
     assert figures["fast"]["failures"] == 0
     assert figures["fast"]["requests"] > 10
+
+
+def test_tiers_are_compared_by_the_tasks_metric(served: ServedTask) -> None:
+    task = served.made.task
+    metrics = {"multi-label": "micro F1", "embedding": "Pearson of cosine"}
+    command = ("ab", "--url", served.server.grpc, "--data", served.made.data, "--limit", 150)
+    found = forks().samp(*command, "--promise", 95, "--json").json
+    assert (found["metric"], found["accuracy"], found["mcnemar"]) == (
+        metrics.get(task, "Pearson"), None, None,
+    )  # fmt: skip
+    assert found["n"] == 150
+    assert found["values"]["control"] > 0.8
+    low, high = found["difference"]["ci95"]
+    assert low <= found["difference"]["value"] <= high
+    assert found["verdict"] == "holds"
+    assert found["agreement"] > 0.8
+    same = forks().samp(*command, "--candidate", "exact", "--control", "fast").code
+    assert same in (0, 1)
+    if task == "embedding":
+        texts = served.made.data.with_name("texts.jsonl")
+        rows = [json.dumps({"text": row["text"]}) for row in served.made.rows[:60]]
+        texts.write_text("\n".join(rows))
+        alone = forks().samp(*command[:3], "--data", texts, "--promise", 50, "--json").json
+        assert (alone["metric"], alone["n"]) == ("cosine to float", 60)
+        assert alone["values"]["control"] == pytest.approx(1)
+        assert alone["values"]["candidate"] == pytest.approx(alone["agreement"])

@@ -1,0 +1,144 @@
+"""TLS and headers against a Triton that insists on both, with certificates made here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from forked import forks
+from samp_client import Tls, Unavailable, connect, connect_async
+from samp_client.errors import ClientError
+from tiny import write_tiny
+
+from samp_core.server import Server
+
+# Not the address that is called: only with the name given does the certificate fit.
+NAME = "samp.example"
+HEADER = {"triton-grpc-protocol-samp": "open"}
+
+
+@dataclass(frozen=True)
+class Secured:
+    server: Server
+    folder: Path
+
+    @property
+    def tls(self) -> Tls:
+        files = (self.folder / name for name in ("ca.pem", "client.pem", "client.key"))
+        return Tls(*files, server_name=NAME)
+
+
+def openssl(folder: Path, *command: str) -> None:
+    done = subprocess.run(["openssl", *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def make_certificates(folder: Path) -> None:
+    """ca.pem; server and client keys with certificates that it signed; other.pem, a stranger."""
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "other"):
+        openssl(
+            folder, "req", "-x509", *key, "-keyout", f"{name}.key", "-out", f"{name}.pem",
+            "-subj", f"/CN={name}", "-days", "2",
+        )  # fmt: skip
+    (folder / "names").write_text(f"subjectAltName=DNS:{NAME}\n")
+    for name in ("server", "client"):
+        openssl(
+            folder, "req", *key, "-keyout", f"{name}.key", "-out", f"{name}.csr",
+            "-subj", f"/CN={name}",
+        )  # fmt: skip
+        openssl(
+            folder, "x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key",
+            "-CAcreateserial", "-out", f"{name}.pem", "-days", "2", "-extfile", "names",
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
+    folder = tmp_path_factory.mktemp("secured")
+    make_certificates(folder)
+    write_tiny(folder / "out")
+    options = [
+        "--grpc-use-ssl=true", "--grpc-use-ssl-mutual=true",
+        f"--grpc-server-cert={folder / 'server.pem'}", f"--grpc-server-key={folder / 'server.key'}",
+        f"--grpc-root-cert={folder / 'ca.pem'}",
+        "--grpc-restricted-protocol=inference:samp=open",
+        "--http-restricted-api=inference:samp=open",
+    ]  # fmt: skip
+    with Server.start(folder / "out", threads=1, options=options) as server:
+        yield Secured(server, folder)
+
+
+def test_both_clients_with_certificates_and_header(secured: Secured) -> None:
+    with connect(secured.server.grpc, tls=secured.tls, headers=HEADER) as client:
+        found = client.predict(["a"], "exact")
+
+    async def work() -> None:
+        async with connect_async(secured.server.grpc, tls=secured.tls, headers=HEADER) as client:
+            again = await client.predict(["a"], "exact")
+            assert again[0].scores == pytest.approx(found[0].scores, abs=1e-6)
+
+    asyncio.run(work())
+    header = {"Samp": "open"}
+    with connect(secured.server.http, "http", headers=header) as client:
+        assert client.predict(["a"], "exact")[0].label == found[0].label
+
+    async def over_http() -> None:
+        async with connect_async(secured.server.http, "http", headers=header) as client:
+            assert (await client.predict(["a"], "exact"))[0].label == found[0].label
+
+    asyncio.run(over_http())
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_without_the_header_the_door_is_shut(secured: Secured, protocol: str) -> None:
+    if protocol == "grpc":
+        client = connect(secured.server.grpc, tls=secured.tls, headers={"triton-grpc-x": "y"})
+    else:
+        client = connect(secured.server.http, "http")
+    with client:
+        assert client.tiers() == ("exact",)
+        with pytest.raises(ClientError, match="restricted"):
+            client.predict(["a"], "exact")
+
+
+def test_the_wrong_certificates(secured: Secured) -> None:
+    folder = secured.folder
+    ca, cert, key = folder / "ca.pem", folder / "client.pem", folder / "client.key"
+    stranger = {"cert": folder / "other.pem", "key": folder / "other.key"}
+    for tls in (
+        None,
+        Tls(ca, cert, key),  # the certificate is not for 127.0.0.1
+        Tls(folder / "other.pem", cert, key, NAME),
+        Tls(ca, server_name=NAME),  # the server asks for one
+        Tls(ca, server_name=NAME, **stranger),
+    ):
+        with (
+            connect(secured.server.grpc, tls=tls, headers=HEADER, timeout_s=5) as client,
+            pytest.raises(Unavailable),
+        ):
+            client.tiers()
+
+
+def test_on_the_command_line(secured: Secured) -> None:
+    folder = secured.folder
+    where = (
+        "predict", "--url", secured.server.grpc, "--tier", "exact", "--ca", folder / "ca.pem",
+        "--cert", folder / "client.pem", "--key", folder / "client.key", "--server-name", NAME,
+    )  # fmt: skip
+    header = ("--header", "triton-grpc-protocol-samp=open")
+    done = forks().samp(*where, *header, "--json", "a")
+    assert done.code == 0, done.err
+    rows = folder / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    whole = forks().samp(*where, *header, "--in", rows, "--out", folder / "answers.jsonl")
+    assert whole.code == 0, whole.err
+    first = (folder / "answers.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["scores"] == json.loads(done.out)["scores"]
+    assert "restricted" in forks().samp(*where, "a").out
+    assert "NAME=VALUE" in forks().samp(*where, "--header", "none", "a").err
