@@ -36,6 +36,10 @@ _SPECIALS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+# Whose special tokens and pairs vocab.txt alone settles; "": config.json does not say.
+_WORD_LISTS = ("", "bert", "distilbert")
+# Vocabularies that transformers can convert into tokenizer.json.
+_OTHERS = ("vocab.json", "merges.txt", "*.model", _VOCABULARY)
 _FEWEST_TOKENS = 3
 _NO_LIMIT = 512
 _CHARACTERS_PER_TOKEN = 32
@@ -96,15 +100,10 @@ class TextEncoder:
                 tokenizer = Tokenizer.from_file(str(folder / _TOKENIZER))
             except Exception as error:  # the library raises bare Exception
                 raise _damaged(folder / _TOKENIZER, str(error)) from error
-        elif (folder / _VOCABULARY).is_file():
+        elif (folder / _VOCABULARY).is_file() and _family(folder) in _WORD_LISTS:
             tokenizer = _from_vocabulary(folder / _VOCABULARY, config)
         else:
-            raise SampError(
-                "tokenizer_missing",
-                f"{folder}: no tokenizer",
-                f"{_TOKENIZER} or {_VOCABULARY}",
-                "save the tokenizer into the checkpoint's folder",
-            )
+            raise _missing(folder)
         side = _read_json(folder / _SERVED).get("truncation_side")
         side = str(side or config.get("truncation_side", "right"))
         served = _read_json(folder / _SERVED)
@@ -257,6 +256,25 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> Any:
     known = [token for token in named.values() if token in vocabulary]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in known])
     return tokenizer
+
+
+def _family(folder: Path) -> str:
+    return str(_read_json(folder / _MODEL_CONFIG).get("model_type") or "")
+
+
+def _missing(folder: Path) -> SampError:
+    """No tokenizer.json, and nothing that says all that one says: what there is, what to do."""
+    found = [path.name for pattern in _OTHERS for path in sorted(folder.glob(pattern))]
+    given = f"only {', '.join(found)}" if found else "no tokenizer"
+    given += f" of {_family(folder)}" if found and _family(folder) else ""
+    return SampError(
+        "tokenizer_missing",
+        f"{folder}: {given}",
+        f"{_TOKENIZER}, or BERT's {_VOCABULARY}",
+        "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) in transformers writes it"
+        if found
+        else "save the tokenizer into the checkpoint's folder",
+    )
 
 
 def _length(folder: Path, config: dict[str, Any], wanted: int | None) -> int:
