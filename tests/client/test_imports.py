@@ -32,7 +32,7 @@ def test_importing_is_light_and_quick():
     assert min(seconds for seconds, _ in runs) < 0.3
     modules = runs[0][1]
     assert "samp_client" in modules
-    assert not modules & (HEAVY | {"grpc", "gevent", "tritonclient", "numpy"})
+    assert not modules & (HEAVY | {"grpc", "gevent", "aiohttp", "tritonclient", "numpy", "asyncio"})
 
 
 def test_connecting_loads_only_the_protocol_that_was_asked_for():
@@ -43,3 +43,10 @@ def test_connecting_loads_only_the_protocol_that_was_asked_for():
     _, over_http = imported(connect.format("http"))
     assert "gevent" in over_http
     assert not over_http & (HEAVY | {"grpc"})
+
+
+def test_the_asynchronous_client_loads_its_protocol_with_the_first_call():
+    statement = "import samp_client; client = samp_client.connect_async('127.0.0.1:9', {!r})"
+    _, modules = imported(statement.format("grpc"))
+    assert "asyncio" in modules
+    assert not modules & (HEAVY | {"grpc", "gevent", "aiohttp", "tritonclient", "numpy"})
