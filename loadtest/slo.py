@@ -90,9 +90,8 @@ def find_rate(
 
     low, high = 0.0, math.inf
     rate = first
-    while time.monotonic() + reserve_s < end and (
-        high == math.inf or high / max(low, 1e-9) > CLOSE
-    ):
+    wide = True
+    while wide and (not points or time.monotonic() + reserve_s < end):
         # Once may be somebody else's work on the machine.
         if holds(rate, step_s) or holds(rate, step_s):
             low = max(low, rate)
@@ -106,6 +105,7 @@ def find_rate(
                 break
         else:
             rate = math.sqrt(low * high)
+        wide = high == math.inf or high / max(low, 1e-9) > CLOSE
     confirmed = False
     while low and not confirmed:
         confirmed = holds(low, 2 * step_s, confirming=True)
