@@ -51,6 +51,7 @@ class ModelConfig:
     max_batch_size: int = MAX_BATCH
     queue_delay_us: int = 0
     max_queue: int = MAX_QUEUE
+    gpu: bool = False
 
     def to_pbtxt(self) -> str:
         """The text of config.pbtxt."""
@@ -84,7 +85,8 @@ class ModelConfig:
                 )
             return message
         message.backend = "python"
-        message.instance_group.add(kind=pb.ModelInstanceGroup.KIND_CPU, count=1)
+        kinds = pb.ModelInstanceGroup
+        message.instance_group.add(kind=kinds.KIND_GPU if self.gpu else kinds.KIND_CPU, count=1)
         # With no delay a lone request never waits; under load the queue forms by itself.
         message.dynamic_batching.max_queue_delay_microseconds = self.queue_delay_us
         policy = message.dynamic_batching.default_queue_policy
@@ -124,6 +126,7 @@ def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
         max_batch_size=message.max_batch_size,
         queue_delay_us=batching.max_queue_delay_microseconds,
         max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
+        gpu=any(group.kind == pb.ModelInstanceGroup.KIND_GPU for group in message.instance_group),
     )
 
 
@@ -159,10 +162,11 @@ def encoder_config(
     windows: str = "",
     queue_delay_us: int = 0,
     plan: str = "",
+    gpu: bool = False,
 ) -> ModelConfig:
     """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind.
 
-    plan: in a line, for `samp status`.
+    plan: in a line, for `samp status`. gpu: the plan's backend runs on one.
 
     windows: JSON of windows.Windows, for token heads that read texts longer than the model.
     """
@@ -179,6 +183,7 @@ def encoder_config(
             **({"plan": plan} if plan else {}),
         },
         queue_delay_us=queue_delay_us,
+        gpu=gpu,
     )
 
 

@@ -157,6 +157,7 @@ def write_build(
             plan_sha256=tier.plan.key(),
             threads=threads,
             plan=tier.plan.summary(),
+            gpu=tier.plan.backend == "cuda",
             windows="" if text.windows is None else json.dumps(dataclasses.asdict(text.windows)),
         )
         with _version_folder(models, encoder, "encoder") as folder:

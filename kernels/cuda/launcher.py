@@ -98,7 +98,8 @@ class CupyLauncher:
         return Buffer(int(memory.ptr), size, memory)
 
     def to_device(self, buffer: Buffer, data: Array, offset: int = 0) -> None:
-        data = np.ascontiguousarray(data)
+        if not data.flags.c_contiguous:
+            data = np.ascontiguousarray(data)
         pointer = buffer.owner + offset
         pointer.copy_from_host_async(_address(data), data.nbytes, self._stream)
         if not _is_pinned(data):

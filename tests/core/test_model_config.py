@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -119,3 +120,11 @@ def test_a_damaged_config_is_named() -> None:
     text = _parts()["encoder"].to_pbtxt().replace("max_batch_size", "max_batsch_size")
     with pytest.raises(SampError, match=r"models/x/config\.pbtxt: .*max_batsch_size"):
         mc.from_pbtxt(text, "models/x/config.pbtxt")
+
+
+def test_only_an_encoder_of_a_gpu_plan_asks_for_a_gpu() -> None:
+    given: dict[str, Any] = {"feature": FEATURE, "output": "first", "plan_sha256": "0f" * 32}
+    config = mc.encoder_config("films", "fast", threads=2, gpu=True, **given)
+    assert "KIND_GPU" in config.to_pbtxt()
+    assert mc.from_pbtxt(config.to_pbtxt()) == config
+    assert not any("KIND_GPU" in part.to_pbtxt() for part in _parts().values())

@@ -45,7 +45,7 @@ def cubins() -> dict[tuple[str, str], Path]:
 
 @cache
 def disassembled(path: Path) -> str:
-    command = [find_disassembler(), str(path)]
+    command = [find_disassembler(), "-ndf", str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -15,7 +15,7 @@ from samp_kernels.cuda.session import CudaSession, token_buckets
 from samp_kernels.interface import SITES, Batch, KernelError, UnsupportedPrecision
 
 from samp_core.checkpoint import Checkpoint, load_checkpoint
-from samp_core.encoder import check_plan, prepare
+from samp_core.encoder import LoopSession, check_plan, prepare
 from samp_core.plan import Plan, Recipe, SitePlan
 from samp_core.quantize import export_weights
 
@@ -207,3 +207,30 @@ def test_buckets_waste_little(most: int) -> None:
     assert len(buckets) <= 64
     for low, high in itertools.pairwise(buckets):
         assert high - low <= max(16, low / 4)
+
+
+def test_the_loop_over_ops_runs_on_this_backend(checkpoint: Checkpoint, scaled: Plan) -> None:
+    """What calibration and the search use: observed passes, and passes from a layer on."""
+    exact, quantized = plan_of(scaled, {}), plan_of(scaled, {"qkv": "int8", "context": "int8"})
+    batch = batch_of((3, 7, 12))
+    seen: dict[str, list[tuple[int, ...]]] = {}
+    results = {}
+    for name in ("reference", "cuda"):
+        own = cpu_backend(name) if name == "reference" else backend()
+        tensors = export_weights(checkpoint.tensors, exact)
+        loop = LoopSession(own, checkpoint.config, tensors, exact)
+        seen[name] = []
+
+        def observe(site: str, x: Any, name: str = name) -> None:
+            seen[name].append(tuple(x[0].shape if isinstance(x, tuple) else x.shape))
+
+        whole = loop.observe(batch, "tokens", observe)
+        tensors = export_weights(checkpoint.tensors, quantized)
+        other = LoopSession(own, checkpoint.config, tensors, quantized)
+        start = loop.layer_inputs(batch)[1]
+        results[name] = (whole, loop.run_from(start), other.run_from(start), other.run(batch))
+    assert seen["cuda"] == seen["reference"]
+    for most, got, wanted in zip(
+        (2e-5, 2e-5, 0.3, 0.3), results["cuda"], results["reference"], strict=True
+    ):
+        assert np.abs(got - wanted).max() <= most
