@@ -151,7 +151,8 @@ def test_tiers_compared_and_a_file_answered(served: ServedTask, tmp_path: Path) 
     assert 0.9 < found["values"]["control"] < 1
     change = found["values"]["control"] - found["values"]["candidate"]
     low, high = found["difference"]["ci95"]
-    assert low <= found["difference"]["value"] == pytest.approx(change) <= high
+    assert found["difference"]["value"] == pytest.approx(change)
+    assert low <= found["difference"]["value"] <= high
     assert found["verdict"] == "holds"
     assert found["agreement"] == 1 - len(found["differing"]) / found["n"]
     out = tmp_path / "out.jsonl"
