@@ -187,8 +187,8 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
 
 def _check_keys(node: Any, path: Path) -> None:
     """Every key of a YAML mapping once: a second tier of one name would silently win."""
-    value = getattr(node, "value", None)
-    if node is None or isinstance(value, str):
+    value: Any = getattr(node, "value", None)
+    if not isinstance(value, list):  # a scalar, or an empty file
         return
     pairs = [pair for pair in value if isinstance(pair, tuple)]
     names = [key.value for key, _ in pairs]
