@@ -1,0 +1,211 @@
+"""Soak and overload: requests that arrive whatever the server does (an open loop)."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import cases
+import grpc
+import numpy as np
+from place import MODEL, Check, Serving, demo_texts
+
+METHOD = "/inference.GRPCInferenceService/ModelInfer"
+# Rows in a request: few requests make a full load, so that the callers cost the server little.
+ROWS = 4
+# What may be added over a soak: a fit through noise of one process, after the warm-up.
+GROWTH_MB = 8.0
+SHM_MB = 1.0
+
+
+@dataclass
+class Sent:
+    """What became of requests: seconds of each answer and refusal, and the words of refusals."""
+
+    answers: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    words: Counter[str] = field(default_factory=Counter)
+    when: list[float] = field(default_factory=list)
+
+    def add(self, begun: float, error: str | None) -> None:
+        now = time.monotonic()
+        if error is None:
+            self.answers.append(now - begun)
+            self.when.append(now)
+        else:
+            self.refused.append(now - begun)
+            self.words[error] += 1
+
+
+def body(tier: str) -> list[bytes]:
+    texts = [text.encode() for text in demo_texts(64)]
+    made = []
+    for start in range(0, len(texts), ROWS):
+        tensor = cases.Tensor(
+            "TEXT", "BYTES", (ROWS, 1), cases.bytes_raw(texts[start : start + ROWS])
+        )
+        made.append(cases.over_grpc(f"{MODEL}_{tier}", [tensor]))
+    return made
+
+
+async def _closed(address: str, tier: str, callers: int, seconds: float) -> Sent:
+    """Each caller sends when its last answer has come."""
+    sent, bodies = Sent(), body(tier)
+    end = time.monotonic() + seconds
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_unary(METHOD)
+
+        async def caller(index: int) -> None:
+            while time.monotonic() < end:
+                index += 1
+                await _one(call, bodies[index % len(bodies)], sent)
+
+        await asyncio.gather(*(caller(i) for i in range(callers)))
+    return sent
+
+
+async def _open(address: str, tier: str, rate: float, seconds: float) -> Sent:
+    """Requests at Poisson moments, whatever became of those before."""
+    sent, bodies = Sent(), body(tier)
+    gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
+    moments = time.monotonic() + np.cumsum(gaps)
+    tasks = []
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_unary(METHOD)
+        for index, moment in enumerate(moments.tolist()):
+            if (wait := moment - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            tasks.append(asyncio.create_task(_one(call, bodies[index % len(bodies)], sent)))
+        await asyncio.gather(*tasks)
+    return sent
+
+
+async def _one(call: Any, raw: bytes, sent: Sent) -> None:
+    begun = time.monotonic()
+    try:
+        await call(raw, timeout=60)
+        sent.add(begun, None)
+    except grpc.aio.AioRpcError as error:
+        sent.add(begun, f"{error.code().name}: {error.details()}")
+
+
+def peak(serving: Serving, tier: str, seconds: float) -> float:
+    """Requests a second that 16 callers get."""
+    sent = asyncio.run(_closed(serving.grpc, tier, 16, seconds))
+    return len(sent.answers) / seconds
+
+
+@dataclass
+class Watch:
+    """Memory of every process and of /dev/shm, once a second, until it is stopped."""
+
+    serving: Serving
+    rows: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ended.wait(1.0):
+            seen = {**self.serving.rss_mb(), "/dev/shm": self.serving.shm_mb()}
+            self.rows.append((time.monotonic(), seen))
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def growth(self) -> dict[str, tuple[float, float]]:
+        """name -> what a straight line through the last three quarters gains, and the mean, MB."""
+        kept = self.rows[len(self.rows) // 4 :]
+        at = np.array([when for when, _ in kept])
+        found = {}
+        for name in kept[0][1]:
+            values = np.array([seen[name] for _, seen in kept])
+            slope = np.polyfit(at - at[0], values, 1)[0]
+            found[name] = (float(slope * (at[-1] - at[0])), float(values.mean()))
+        return found
+
+
+def soak(serving: Serving, seconds: float) -> Check:
+    """80% of the peak, with a warm-up; memory must not grow."""
+    best = peak(serving, "fast", 6.0)
+    watch = Watch(serving)
+    sent = asyncio.run(_open(serving.grpc, "fast", 0.8 * best, seconds))
+    watch.stop()
+    growth = watch.growth()
+    worst = max((name for name in growth if name != "/dev/shm"), key=lambda n: growth[n][0])
+    shm = growth["/dev/shm"]
+    flat = growth[worst][0] < GROWTH_MB and shm[0] < SHM_MB
+    return Check(
+        "soak",
+        f"{seconds:.0f} s at 80% of the measured peak: memory of every process grows less than "
+        f"{GROWTH_MB:.0f} MB, /dev/shm less than {SHM_MB:.0f} MB (straight line, warm-up left out)",
+        f"{len(sent.answers):,} requests of {ROWS} texts answered, {len(sent.refused)} not; most: "
+        f"{worst} {growth[worst][0]:+.1f} MB of {growth[worst][1]:.0f}; /dev/shm {shm[0]:+.1f} MB "
+        f"of {shm[1]:.1f}",
+        flat and not sent.refused,
+        f"make chaos CHAOS='--only soak --soak {seconds:.0f}'",
+        {
+            "rate": round(0.8 * best, 1), "words": dict(sent.words),
+            "growth_mb": {n: [round(g, 2), round(m, 1)] for n, (g, m) in growth.items()},
+            "p99_ms": round(1e3 * float(np.percentile(sent.answers, 99)), 1),
+        },
+    )  # fmt: skip
+
+
+def overload(serving: Serving, seconds: float) -> Check:
+    """Five times the peak: the queue is bounded, the excess is refused and told so."""
+    best = peak(serving, "exact", 6.0)
+    rss = sum(serving.rss_mb().values())
+    statuses: Counter[str] = Counter()
+    ended = threading.Event()
+
+    def over_http() -> None:
+        """The same by HTTP, a few times a second: which status a refusal has."""
+        text = {"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": ["a fine film"]}
+        while not ended.wait(0.3):
+            connection = http.client.HTTPConnection(serving.http, timeout=60)
+            path = f"/v2/models/{MODEL}_exact/infer"
+            connection.request("POST", path, json.dumps({"inputs": [text]}))
+            answer = connection.getresponse()
+            said = "" if answer.status == 200 else answer.read().decode()
+            statuses[f"{answer.status} {said[:120]}".strip()] += 1
+
+    threads = [threading.Thread(target=over_http, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    begun = time.monotonic()
+    sent = asyncio.run(_open(serving.grpc, "exact", 5 * best, seconds))
+    ended.set()
+    for thread in threads:
+        thread.join(90)
+    half = [when for when in sent.when if begun + seconds / 2 <= when <= begun + seconds]
+    held = len(half) / (seconds / 2) / best
+    grown = sum(serving.rss_mb().values()) - rss
+    refusals = np.array(sent.refused or [np.nan])
+    code, _ = serving.status()
+    clear = all("UNAVAILABLE" in word and "queue" in word for word in sent.words)
+    return Check(
+        "overload",
+        "five times the measured peak, open loop: the queue is bounded, the excess is refused "
+        "with a clear status",
+        f"{len(sent.answers):,} answered, {len(sent.refused):,} refused; a refusal took "
+        f"{1e3 * np.nanpercentile(refusals, 50):.0f} ms at the median and "
+        f"{1e3 * np.nanpercentile(refusals, 99):.0f} at the 99th percentile; throughput {held:.0%} "
+        f"of its peak in the second half; RSS +{grown:.0f} MB; afterwards samp status exit {code}",
+        bool(sent.refused) and clear and code == 0 and grown < 300,
+        "make chaos CHAOS='--only overload'",
+        {
+            "peak_requests_s": round(best, 1), "rows": ROWS, "words": dict(sent.words),
+            "http": dict(statuses), "longest_answer_s": round(max(sent.answers), 2),
+            "share_of_peak": round(held, 3),
+        },
+    )  # fmt: skip
