@@ -42,14 +42,10 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
 
 
 def choose_backend(name: str) -> str:
-    """`auto` as a backend's name: `cuda` where a GPU and its kernels are there, `cpu` where its
-    kernels were built and run vector instructions, else `onednn`; any other name as it is."""
+    """`auto` as a backend's name: `cpu` where its kernels were built and run vector instructions,
+    else `onednn`; any other name as it is. Never `cuda`: its kernels have not met a GPU yet."""
     if name != "auto":
         return name
-    from samp_kernels.cuda import missing as missing_cuda
-
-    if not missing_cuda():
-        return "cuda"
     from samp_kernels.cpu import level
 
     return "cpu" if level() not in ("", "portable") else "onednn"

@@ -80,7 +80,7 @@ def examine() -> list[Check]:
         check_disk(Path.cwd()),
         check_gpu(),
         _optional(
-            "cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "the coming CUDA backend", "gpu"
+            "cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "backend cuda", "gpu"
         ),
         check_compiler(),
         _optional("locust", ("locust",), "`samp loadtest`", "loadtest"),

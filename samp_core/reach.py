@@ -84,7 +84,7 @@ def least_divergence(histogram: Array, width: float) -> float:
     ends = range(min(_LEVELS, len(counts)), len(counts) + 1, _STEP)
     # Of equals the largest: nothing is clipped for nothing.
     _, end = min((_divergence(counts, end), -end) for end in {*ends, len(counts)})
-    return min(-end * _COARSE * width / BINS, top)
+    return float(min(-end * _COARSE * width / BINS, top))
 
 
 def _divergence(counts: Array, end: int) -> float:

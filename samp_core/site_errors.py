@@ -124,10 +124,12 @@ class _Measuring:
         outputs = feature / feature.norm(dim=-1, keepdim=True) if logits is None else logits
         signs = torch.randint(0, 2, outputs.shape, generator=self._generator) * 2.0 - 1.0
         if logits is None or not self._softmax:
-            return (outputs * signs).sum()
+            plain: Tensor = (outputs * signs).sum()
+            return plain
         p = torch.softmax(logits.detach(), dim=-1)
         root = signs * p.sqrt()
-        return (logits * (root - p * root.sum(-1, keepdim=True))).sum()
+        directed: Tensor = (logits * (root - p * root.sum(-1, keepdim=True))).sum()
+        return directed
 
     def _gemm(self, tap: Tap, directions: Sequence[Tensor], row: Tensor) -> None:
         site, weight = tap.name, self._tensors[f"{tap.name}.weight"]
@@ -162,7 +164,8 @@ class _Measuring:
                 def rounded(part: str, x: Tensor) -> Tensor:
                     if part not in parts:
                         return x
-                    return self._encoder.rounded_to_int8(x, scales[f"{site}.{part}_scale"])
+                    q: Tensor = self._encoder.rounded_to_int8(x, scales[f"{site}.{part}_scale"])
+                    return q
 
                 y = self._encoder.attention(tap.x, bounds, self._config.heads, rounded, *bias)
                 return [(g * (y - tap.y)).sum(1) for g in directions]

@@ -178,7 +178,7 @@ def test_a_tier_twice(tmp_path: Path) -> None:
         ({"tiers": {"a": {"dorp": 9}}}, ["tiers.a.dorp", "fields drop, latency;"]),
         ({"data": {"data": "x", "train": "y"}}, ["data.train", "verification, exclude;"]),
         ({"default_tier": "best"}, ["'best' is none of exact, high"]),
-        ({"backend": "cuda"}, ["'onednn' or 'reference'", "'cuda'"]),
+        ({"backend": "tpu"}, ["'onednn' or 'reference'", "'tpu'"]),
     ],
 )
 def test_a_bad_yaml(fields: dict[str, Any], words: list[str], tmp_path: Path) -> None:

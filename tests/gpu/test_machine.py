@@ -34,4 +34,4 @@ def test_the_cuda_backend_opens_or_says_what_it_lacks() -> None:
             open_backend("cuda")
     else:
         assert open_backend("cuda").name == "cuda"
-        assert choose_backend("auto") == "cuda"
+    assert choose_backend("auto") != "cuda"  # until its kernels have run on hardware
