@@ -4,6 +4,7 @@
 #   TORCH_INDEX=...  address of PyTorch's index of CPU wheels: a smaller torch, without CUDA
 #   PYTEST=...       arguments for pytest, e.g. make test PYTEST="tests/core -x"
 #   BENCH=...        arguments for one benchmark, e.g. make bench-encoder BENCH="--quick"
+#   CHAOS=...        arguments for make chaos, e.g. make chaos CHAOS=--short
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -15,6 +16,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || echo python3
 TORCH_INDEX ?=
 PYTEST ?=
 BENCH ?=
+CHAOS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +42,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-calibration bench-tasks bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-calibration bench-tasks bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +87,9 @@ demo: demo-checkpoint ## build tiers, serve them, call, compare and load them; p
 
 test: demo-checkpoint ## every test that this machine can run
 	@$(BIN)/python -m pytest $(PYTEST)
+
+chaos: demo-checkpoint ## bad input, kills, full disks, a soak, overload: about 15 minutes
+	@PYTHONPATH=tests:benchmarks $(BIN)/python tests/chaos/run.py $(CHAOS)
 
 lint: $(VENV)/.ok ## ruff, clang-format and strict types
 	@$(BIN)/ruff check .

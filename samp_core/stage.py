@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ class Stage:
         for step in message.ensemble_scheduling.step:
             step.model_name = aliases.get(step.model_name, step.model_name)
         version = model / "1"
+        before = max((path.stat().st_mtime_ns for path in model.rglob("*")), default=0)
         shutil.rmtree(version, ignore_errors=True)
         version.mkdir(parents=True)
         for path in sorted((spec.source / "1").iterdir()):
@@ -68,6 +70,10 @@ class Stage:
         written = model / f"{CONFIG}.{os.getpid()}"
         written.write_text(text_format.MessageToString(message), encoding="utf-8")
         written.replace(model / CONFIG)
+        # Newer than what Triton has loaded, also when the clock was set back since.
+        newer = max(time.time_ns(), 1_000_000_000 + before)
+        for path in (model / CONFIG, version):
+            os.utime(path, ns=(newer, newer))
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -1,150 +1,22 @@
-"""Requests for a served model, most of them wrong, each made from (seed, index) alone.
-
-A case is bytes for the wire. What its rows are is read back from those very bytes by `rows_of`, so
-that a case that was damaged at random is judged by what it says, not by what was meant.
-"""
+"""Requests for a served model, most of them wrong, each made from (seed, index) alone."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import math
 import random
-import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
+from wire import Case, Sizes, Tensor, bytes_raw, over_grpc, over_http, send_as
 
-MOST_ROWS = 64
 DTYPES = ("BOOL", "UINT8", "INT8", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES", "BF16", "X")
-Row = tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a case must know of the served models."""
-
-    model: str = "film-reviews"
-    tiers: tuple[str, ...] = ("exact", "fast")
-    vocabulary: int = 30522
-    types: int = 2
-    positions: int = 512
-    hidden: int = 384
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One input as it is sent: `raw` are its bytes whatever `shape` and `dtype` say."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    raw: bytes
-
-
-@dataclass(frozen=True)
-class Case:
-    """must: "answer", "fail", or "either" where the bytes decide (`rows_of`)."""
-
-    kind: str
-    protocol: str
-    model: str
-    body: bytes
-    must: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-# The rows of a request, as the models take them; None if they have to refuse it.
-
-
-def text_rows(
-    tensors: Mapping[str, Tensor], sizes: Sizes, check: bool = True
-) -> list[Row] | None:
-    if set(tensors) != {"TEXT"}:
-        return None
-    text = tensors["TEXT"]
-    if text.dtype != "BYTES" or len(text.shape) != 2 or text.shape[1] != 1:
-        return None
-    rows, at = [], 0
-    while at + 4 <= len(text.raw):
-        (length,) = struct.unpack_from("<I", text.raw, at)
-        at += 4
-        if at + length > len(text.raw):
-            return None
-        rows.append(text.raw[at : at + length])
-        at += length
-    if at != len(text.raw) or len(rows) != text.shape[0] or not 1 <= len(rows) <= MOST_ROWS:
-        return None
-    try:
-        for row in rows if check else ():
-            row.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return [(row,) for row in rows]
-
-
-def token_rows(tensors: Mapping[str, Tensor], sizes: Sizes) -> list[Row] | None:
-    if set(tensors) != {"IDS", "TYPES", "LENGTHS"}:
-        return None
-    arrays = {}
-    for name, tensor in tensors.items():
-        if tensor.dtype != "INT32" or len(tensor.shape) != 2 or min(tensor.shape) < 0:
-            return None
-        if 4 * tensor.shape[0] * tensor.shape[1] != len(tensor.raw):
-            return None
-        arrays[name] = np.frombuffer(tensor.raw, np.int32).reshape(tensor.shape)
-    ids, types, lengths = arrays["IDS"], arrays["TYPES"], arrays["LENGTHS"]
-    if ids.shape != types.shape or lengths.shape != (len(ids), 1) or not 1 <= len(ids) <= MOST_ROWS:
-        return None
-    rows = []
-    for i, (length,) in enumerate(lengths.tolist()):
-        if not 1 <= length <= min(ids.shape[1], sizes.positions):
-            return None
-        row, kind = ids[i, :length], types[i, :length]
-        if row.min() < 0 or row.max() >= sizes.vocabulary:
-            return None
-        if kind.min() < 0 or kind.max() >= sizes.types:
-            return None
-        rows.append((tuple(row.tolist()), tuple(kind.tolist())))
-    return rows
-
-
-def feature_rows(tensors: Mapping[str, Tensor], sizes: Sizes) -> list[Row] | None:
-    if set(tensors) != {"FEATURE"}:
-        return None
-    tensor = tensors["FEATURE"]
-    if tensor.dtype != "FP32" or len(tensor.shape) != 2 or tensor.shape[1] != sizes.hidden:
-        return None
-    size = 4 * sizes.hidden
-    if not 1 <= tensor.shape[0] <= MOST_ROWS or len(tensor.raw) != size * tensor.shape[0]:
-        return None
-    return [(tensor.raw[i : i + size],) for i in range(0, len(tensor.raw), size)]
-
-
-def rows_of(model: str, tensors: Sequence[Tensor], sizes: Sizes) -> list[Row] | None:
-    """The rows that a right answer answers; None where only an error is right.
-
-    Triton reads names as C strings: what follows a NUL is not there.
-    """
-    named = {str(tensor.name).partition("\0")[0]: tensor for tensor in tensors}
-    if len(named) != len(tensors):
-        return None
-    if model in (*(f"{sizes.model}_{t}" for t in sizes.tiers), f"tokenizer_{sizes.model}"):
-        return text_rows(named, sizes)
-    if model in [f"encoder_{sizes.model}_{t}" for t in sizes.tiers]:
-        return token_rows(named, sizes)
-    return feature_rows(named, sizes) if model == f"head_{sizes.model}" else None
-
 
 # Good requests, which the kinds below spoil.
-
-
-def bytes_raw(texts: Sequence[bytes]) -> bytes:
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
 
 
 def some_text(draw: random.Random) -> bytes:
@@ -155,9 +27,13 @@ def some_text(draw: random.Random) -> bytes:
     if kind == 1:
         return ("".join(chr(draw.randrange(1, 0xD800)) for _ in range(draw.randrange(40)))).encode()
     if kind == 2:
-        return "".join(draw.choices("😀👨\u200d👩\u0301\u202e\u0000\ufeff\u2028 \t\né电", k=12)).encode()
+        return "".join(
+            draw.choices("😀👨\u200d👩\u0301\u202e\u0000\ufeff\u2028 \t\né电", k=12)
+        ).encode()
     if kind == 3:
-        return draw.choice([b"[CLS] [SEP] [MASK]", b"\0", b"a" * draw.randrange(1, 3000), b" " * 99])
+        return draw.choice(
+            [b"[CLS] [SEP] [MASK]", b"\0", b"a" * draw.randrange(1, 3000), b" " * 99]
+        )
     words = ("a", "film", "of", "rare", "wit", "dull", "and", "long", "not", "good", "plot", "!")
     return " ".join(draw.choices(words, k=draw.randrange(1, 60))).encode()
 
@@ -202,173 +78,12 @@ def good(draw: random.Random, sizes: Sizes) -> tuple[str, list[Tensor]]:
     return f"head_{sizes.model}", [features(draw, sizes)]
 
 
-# On the wire.
-
-
-def over_grpc(model: str, tensors: Sequence[Tensor], **more: Any) -> bytes:
-    message = pb.ModelInferRequest(model_name=model, **more)
-    for tensor in tensors:
-        message.inputs.add(name=tensor.name, datatype=tensor.dtype, shape=tensor.shape)
-        message.raw_input_contents.append(tensor.raw)
-    return message.SerializeToString()
-
-
-def over_http(
-    tensors: Sequence[Tensor], *, draw: random.Random, **more: Any
-) -> tuple[bytes, dict[str, str]]:
-    """Body and headers, by the binary extension or as JSON where the values can be written so."""
-    # Triton fills memory for a JSON input's whole shape before it looks at its values: see limits.py.
-    plain = draw.random() < 0.4 and all(math.prod(t.shape) < 10**7 for t in tensors)
-    inputs: list[dict[str, Any]] = []
-    binary = b""
-    for tensor in tensors:
-        entry: dict[str, Any] = {
-            "name": tensor.name, "datatype": tensor.dtype, "shape": list(tensor.shape)
-        }  # fmt: skip
-        values = json_values(tensor) if plain else None
-        if values is None:
-            entry["parameters"] = {"binary_data_size": len(tensor.raw)}
-            binary += tensor.raw
-        else:
-            entry["data"] = values
-        inputs.append(entry)
-    head = json.dumps({"inputs": inputs, **more}).encode()
-    headers = {"Content-Type": "application/octet-stream"}
-    if binary or not plain:
-        headers["Inference-Header-Content-Length"] = str(len(head))
-    return head + binary, headers
-
-
-def json_values(tensor: Tensor) -> list[Any] | None:
-    """The values as JSON has them; None where they cannot be."""
-    if tensor.dtype == "INT32" and len(tensor.raw) % 4 == 0:
-        return list(np.frombuffer(tensor.raw, np.int32).tolist())
-    if tensor.dtype == "FP32" and len(tensor.raw) % 4 == 0:
-        return list(np.frombuffer(tensor.raw, np.float32).astype(float).tolist())
-    if tensor.dtype != "BYTES":
-        return None
-    values, at = [], 0
-    while at + 4 <= len(tensor.raw):
-        (length,) = struct.unpack_from("<I", tensor.raw, at)
-        part = tensor.raw[at + 4 : at + 4 + length]
-        try:
-            values.append(part.decode())
-        except UnicodeDecodeError:
-            return None
-        at += 4 + length
-    # JSON's way to write a NUL is cut by readers of C strings.
-    return values if at == len(tensor.raw) and "\0" not in "".join(values) else None
-
-
-def wire(
-    kind: str, draw: random.Random, model: str, tensors: Sequence[Tensor], must: str, **more: Any
-) -> Case:
-    if draw.random() < 0.5:
-        return Case(kind, "grpc", model, over_grpc(model, tensors, **more), must)
-    if "parameters" in more:
-        more["parameters"] = {k: json_parameter(v) for k, v in more["parameters"].items()}
-    if "outputs" in more:
-        more["outputs"] = [{"name": output.name} for output in more["outputs"]]
-    more.pop("model_version", None)
-    body, headers = over_http(tensors, draw=draw, **more)
-    return Case(kind, "http", model, body, must, headers)
-
-
-def json_parameter(value: Any) -> Any:
-    return getattr(value, value.WhichOneof("parameter_choice"))
-
-
-def read_grpc(body: bytes) -> tuple[str, list[Tensor]] | None:
-    """What a request says; None if it is no request, or one that Triton must refuse."""
-    message = pb.ModelInferRequest()
-    try:
-        message.ParseFromString(body)
-    except Exception:
-        return None
-    raws = list(message.raw_input_contents)
-    tensors = []
-    for index, one in enumerate(message.inputs):
-        if raws:
-            if one.HasField("contents") or len(raws) != len(message.inputs):
-                return None
-            raw = raws[index]
-        else:
-            contents = one.contents
-            if one.datatype == "BYTES":
-                raw = bytes_raw(contents.bytes_contents)
-            else:
-                raw = np.array(contents.int_contents, np.int32).tobytes()
-        tensors.append(Tensor(one.name, one.datatype, tuple(one.shape), raw))
-    return message.model_name, tensors
-
-
-def read_http(
-    model: str, body: bytes, headers: Mapping[str, str], sizes: Sizes
-) -> list[Tensor] | None:
-    """The same of a POST; lenient where JSON readers differ.
-
-    With no JSON before the bytes, they are all of one input ("raw binary request"); that is also
-    what Triton makes of a size that is no number.
-    """
-    head, binary = body, b""
-    if "Inference-Header-Content-Length" in headers:
-        digits = re.match(r"\s*([+-]?\d+)", headers["Inference-Header-Content-Length"])
-        size = int(digits[1]) if digits else 0
-        if not 0 <= size <= len(body):
-            return None
-        head, binary = body[:size], body[size:]
-    if not head:
-        if model == f"head_{sizes.model}":
-            return [Tensor("FEATURE", "FP32", (1, sizes.hidden), binary)]
-        return [Tensor("TEXT", "BYTES", (1, 1), bytes_raw([binary]))]
-    try:
-        found = json.loads(head, strict=False)
-        tensors = []
-        for one in found["inputs"]:
-            shape = tuple(one["shape"])
-            if "data" in one:
-                values = np.ravel(np.array(one["data"], dtype=object)).tolist()
-                if one["datatype"] == "BYTES":
-                    raw = bytes_raw([value.encode() for value in values])
-                elif one["datatype"] == "FP32":
-                    raw = np.array(values, np.float32).tobytes()
-                else:
-                    raw = np.array(values, np.int32).tobytes()
-            else:
-                size = one["parameters"]["binary_data_size"]
-                raw, binary = binary[:size], binary[size:]
-            tensors.append(Tensor(one["name"], one["datatype"], shape, raw))
-    except Exception:
-        return None
-    return tensors
-
-
-def read(case: Case, sizes: Sizes) -> tuple[str, list[Tensor]] | None:
-    """The model that a case asks and what it gives, by its bytes."""
-    if case.protocol == "grpc":
-        return read_grpc(case.body)
-    tensors = read_http(case.model, case.body, case.headers, sizes)
-    return None if tensors is None else (case.model, tensors)
-
-
-def is_poison(case: Case, sizes: Sizes) -> bool:
-    """Whether strings are not as long as they say: Triton's Python backend finds it when a batch is
-    formed, and then refuses all of that batch (see `fuzz.poison`)."""
-    found = read(case, sizes)
-    for tensor in found[1] if found else ():
-        if tensor.dtype == "BYTES" and len(tensor.shape) == 2 and tensor.shape[1] == 1:
-            counted = replace(tensor, name="TEXT")
-            if text_rows({"TEXT": counted}, sizes, check=False) is None:
-                return True
-    return False
-
-
 # The kinds. Each takes a good request and says what must come of it.
 
 
 def _good(draw: random.Random, sizes: Sizes) -> Case:
     model, tensors = good(draw, sizes)
-    return wire("good", draw, model, tensors, "answer")
+    return send_as("good", draw, model, tensors, "answer")
 
 
 def _name(draw: random.Random, sizes: Sizes) -> Case:
@@ -377,7 +92,7 @@ def _name(draw: random.Random, sizes: Sizes) -> Case:
     spoiled = draw.randrange(len(tensors))
     name = draw.choice([n for n in names if n != tensors[spoiled].name])
     tensors[spoiled] = replace(tensors[spoiled], name=name)
-    return wire("wrong name", draw, model, tensors, "either")
+    return send_as("wrong name", draw, model, tensors, "either")
 
 
 def _count(draw: random.Random, sizes: Sizes) -> Case:
@@ -391,7 +106,7 @@ def _count(draw: random.Random, sizes: Sizes) -> Case:
         tensors = [*tensors, replace(tensors[0], name=f"MORE{draw.randrange(9)}")] * draw.choice(
             (1, 40)
         )
-    return wire("missing, twice or too many", draw, model, tensors, "fail")
+    return send_as("missing, twice or too many", draw, model, tensors, "fail")
 
 
 def _dtype(draw: random.Random, sizes: Sizes) -> Case:
@@ -399,7 +114,7 @@ def _dtype(draw: random.Random, sizes: Sizes) -> Case:
     i = draw.randrange(len(tensors))
     other = draw.choice([d for d in (*DTYPES, "", "bytes", "int32") if d != tensors[i].dtype])
     tensors[i] = replace(tensors[i], dtype=other)
-    return wire("wrong dtype", draw, model, tensors, "fail")
+    return send_as("wrong dtype", draw, model, tensors, "fail")
 
 
 def _shape(draw: random.Random, sizes: Sizes) -> Case:
@@ -417,7 +132,7 @@ def _shape(draw: random.Random, sizes: Sizes) -> Case:
     else:
         shape = shape[::-1]
     tensors[i] = replace(tensors[i], shape=tuple(shape))
-    return wire("wrong shape", draw, model, tensors, "either")
+    return send_as("wrong shape", draw, model, tensors, "either")
 
 
 def _length(draw: random.Random, sizes: Sizes) -> Case:
@@ -436,7 +151,7 @@ def _length(draw: random.Random, sizes: Sizes) -> Case:
     else:
         raw = b""
     tensors[i] = replace(tensors[i], raw=raw)
-    return wire("length lies", draw, model, tensors, "either")
+    return send_as("length lies", draw, model, tensors, "either")
 
 
 def _encoder(draw: random.Random, sizes: Sizes) -> Case:
@@ -451,20 +166,20 @@ def _encoder(draw: random.Random, sizes: Sizes) -> Case:
         other = tokens(draw, sizes)
         tensors[draw.randrange(3)] = other[draw.randrange(3)]
     model = f"encoder_{sizes.model}_{draw.choice(sizes.tiers)}"
-    return wire("lies to the encoder", draw, model, tensors, "either")
+    return send_as("lies to the encoder", draw, model, tensors, "either")
 
 
 def _batch(draw: random.Random, sizes: Sizes) -> Case:
     rows = draw.choice((64, 65, 66, 128, 1000, 5000))
     short = Tensor("TEXT", "BYTES", (rows, 1), bytes_raw([b"a film"] * rows))
     if draw.random() < 0.7:
-        return wire("batch over 64", draw, f"{sizes.model}_fast", [short], "either")
+        return send_as("batch over 64", draw, f"{sizes.model}_fast", [short], "either")
     many = [
         Tensor(name, "INT32", (rows, width), np.full((rows, width), 2, np.int32).tobytes())
         for name, width in (("IDS", 8), ("TYPES", 8), ("LENGTHS", 1))
     ]
     many[1] = replace(many[1], raw=b"\0" * len(many[1].raw))
-    return wire("batch over 64", draw, f"encoder_{sizes.model}_fast", many, "either")
+    return send_as("batch over 64", draw, f"encoder_{sizes.model}_fast", many, "either")
 
 
 def _utf8(draw: random.Random, sizes: Sizes) -> Case:
@@ -475,7 +190,7 @@ def _utf8(draw: random.Random, sizes: Sizes) -> Case:
         rows[0] = draw.randbytes(draw.randrange(1, 500))
     model = draw.choice((f"{sizes.model}_exact", f"{sizes.model}_fast", f"tokenizer_{sizes.model}"))
     tensor = Tensor("TEXT", "BYTES", (len(rows), 1), bytes_raw(rows))
-    return wire("not UTF-8", draw, model, [tensor], "either")
+    return send_as("not UTF-8", draw, model, [tensor], "either")
 
 
 def _head(draw: random.Random, sizes: Sizes) -> Case:
@@ -496,10 +211,10 @@ def _asked(draw: random.Random, sizes: Sizes) -> Case:
     if how == 0:
         outputs = [pb.ModelInferRequest.InferRequestedOutputTensor(name=n) for n in ("", "NOPE")]
         asked = outputs[draw.randrange(2) :]
-        return wire("unknown output", draw, model, tensors, "fail", outputs=asked)
+        return send_as("unknown output", draw, model, tensors, "fail", outputs=asked)
     if how == 1:
         model = draw.choice(("nope", "film-reviews", model + "x", "a" * 3000, "tokenizer_", "%00"))
-        return wire("unknown model", draw, model, tensors, "fail")
+        return send_as("unknown model", draw, model, tensors, "fail")
     if how == 2:
         body = over_grpc(model, tensors, model_version=draw.choice(("2", "-1", "x", "9" * 40)))
         return Case("unknown version", "grpc", model, body, "fail")
@@ -512,7 +227,7 @@ def _asked(draw: random.Random, sizes: Sizes) -> Case:
     )
     names = ("timeout", "priority", "sequence_id", "sequence_start", "zzz", "binary_data_output")
     name = draw.choice(names)
-    return wire("odd parameters", draw, model, tensors, "unread", parameters={name: value})
+    return send_as("odd parameters", draw, model, tensors, "unread", parameters={name: value})
 
 
 def _shared_memory(draw: random.Random, sizes: Sizes) -> Case:
@@ -571,7 +286,9 @@ def _random_json(draw: random.Random, sizes: Sizes) -> Case:
         body = b"[" * draw.choice((10, 100, 500)) + b"]" * draw.choice((0, 10, 500))
     elif how == 2:
         values: tuple[Any, ...] = (None, True, -1, 1e999, "", [], {}, "TEXT", [[]], {"a": 1})
-        entry = {k: draw.choice(values) for k in ("name", "datatype", "shape", "data", "parameters")}
+        entry = {
+            k: draw.choice(values) for k in ("name", "datatype", "shape", "data", "parameters")
+        }
         entry = {k: v for k, v in entry.items() if draw.random() < 0.8}
         body = json.dumps({"inputs": draw.choice(([entry], entry, [], [entry] * 50))}).encode()
     else:
@@ -619,7 +336,7 @@ def _long(draw: random.Random, sizes: Sizes) -> Case:
     unit = draw.choice((b"a film of rare wit ", b"x", "电影".encode(), b" ", "e\u0301".encode()))
     texts_ = [unit * (1_000_000 // len(unit))] * draw.choice((1, 1, 3))
     tensor = Tensor("TEXT", "BYTES", (len(texts_), 1), bytes_raw(texts_))
-    return wire("1 MB of text", draw, f"{sizes.model}_fast", [tensor], "answer")
+    return send_as("1 MB of text", draw, f"{sizes.model}_fast", [tensor], "answer")
 
 
 KINDS: tuple[tuple[int, Callable[[random.Random, Sizes], Case]], ...] = (

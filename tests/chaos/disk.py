@@ -193,12 +193,14 @@ def cut_cache() -> Check:
     one, two = json.loads(before.stdout), json.loads(after.stdout)
     figures = [[(t["name"], t["value"]) for t in made["tiers"]] for made in (one, two)]
     verify(read_manifest(out))
-    right = after.returncode == 0 and figures[0][0] == figures[1][0] and two["cache"]["hits"] == 0
+    # A build finds again what it made itself a moment before: as often as the first one did.
+    believed = two["cache"]["hits"] - one["cache"]["hits"]
+    right = after.returncode == 0 and figures[0][0] == figures[1][0] and believed == 0
     return Check(
         "power cut",
         "all entries of a build's cache cut at random lengths: none is believed",
         f"{len(entries)} entries cut; the next build: exit {after.returncode}, "
-        f"{two['cache']['hits']} taken from the cache, float accuracy "
+        f"{believed} taken from the cut ones, float accuracy "
         f"{'the same' if figures[0][0] == figures[1][0] else 'CHANGED'}",
         right,
         COMMAND,
@@ -336,7 +338,7 @@ def pickles() -> Check:
             names = list(stored.files)
         buffer = io.BytesIO()
         evil = np.array([_Evil(mark)], dtype=object)
-        np.savez(buffer, **{name: evil for name in names})  # type: ignore[arg-type]
+        np.savez(buffer, **dict.fromkeys(names, evil))  # type: ignore[arg-type]
         content = buffer.getvalue()
         path.write_bytes(hashlib.sha256(content).digest() + content)
         spoiled += 1
@@ -346,9 +348,9 @@ def pickles() -> Check:
         "in pytorch_model.bin, and in every array entry of a build's cache (with a right digest)",
         f"{'EXECUTED' if mark.exists() else 'never executed'}; checkpoint: exit "
         f"{refused.returncode}; {spoiled} cache entries: exit {built.returncode}",
-        not mark.exists() and bool(one_line(refused)) and spoiled > 0,
+        not mark.exists() and refused.returncode == 1 and spoiled > 0,
         COMMAND,
-        {"told": one_line(refused), "cache": built.stderr[-300:] if built.returncode else ""},
+        {"told": refused.stderr[-600:], "cache": built.stderr[-300:] if built.returncode else ""},
     )
 
 

@@ -17,9 +17,10 @@ from typing import Any
 import cases
 import grpc
 import numpy as np
-from cases import Case, Row, Sizes, Tensor
+import wire
 from place import Check, Serving, infer, same, sample
 from tritonclient.grpc import service_pb2 as pb
+from wire import Case, Row, Sizes, Tensor
 
 # What a request may take beside the others: 3 MB of text take the tokenizer seconds.
 STALL_S = 20.0
@@ -226,8 +227,8 @@ def close(name: str, got: Any, expected: Mapping[str, Any]) -> bool:
 
 def _rows(case: Case, sizes: Sizes) -> tuple[str, list[Row]] | None:
     """The model that is asked and its rows, as the bytes have them."""
-    found = cases.read(case, sizes)
-    rows = None if found is None else cases.rows_of(*found, sizes)
+    found = wire.read(case, sizes)
+    rows = None if found is None else wire.rows_of(*found, sizes)
     return None if found is None or rows is None else (found[0], rows)
 
 
@@ -248,7 +249,7 @@ def run(serving: Serving, count: int, seed: int, sizes: Sizes, only: int | None 
             if index is None:
                 return
             case = cases.case(seed, index, sizes)
-            with apart.alone() if cases.is_poison(case, sizes) else apart.beside():
+            with apart.alone() if wire.is_poison(case, sizes) else apart.beside():
                 outcome = send(case)
             try:
                 with apart.beside():
@@ -267,7 +268,9 @@ def run(serving: Serving, count: int, seed: int, sizes: Sizes, only: int | None 
                     found.wrong.append(f"case {index} ({case.kind}, {case.protocol}): {why}")
                 done = sum(found.kinds.values())
                 if done % 1000 == 0:
-                    print(f"  fuzz: {done} of {count}, {time.monotonic() - begun:.0f} s", flush=True)
+                    print(
+                        f"  fuzz: {done} of {count}, {time.monotonic() - begun:.0f} s", flush=True
+                    )
             if only is not None:
                 print(case.kind, case.protocol, case.model, dict(case.headers), case.must)
                 print(base64.b64encode(case.body[:600]).decode(), outcome, why)
@@ -288,8 +291,14 @@ def campaign(serving: Serving, count: int, seed: int, only: int | None = None) -
     begun = time.monotonic()
     found = run(serving, count, seed, sizes, only)
     seconds = time.monotonic() - begun
-    for line in (*found.slow[:10], *found.wrong[:20], *(f"{n} x {what}" for what, n in found.internal.items())):
-        print(f"  fuzz: {line}\n        replay: make chaos CHAOS='--only fuzz --seed {seed} --case N'")
+    for line in (
+        *found.slow[:10],
+        *found.wrong[:20],
+        *(f"{n} x {what}" for what, n in found.internal.items()),
+    ):
+        print(
+            f"  fuzz: {line}\n        replay: make chaos CHAOS='--only fuzz --seed {seed} --case N'"
+        )
     after = same(before, sample(serving.grpc))
     code, status = serving.status()
     grown = sum(serving.rss_mb().values()) - rss

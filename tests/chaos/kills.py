@@ -53,7 +53,7 @@ def _kill(serving: Serving, name: str, before: dict[str, object]) -> Check:
         f"of the {role}'s process under 6 callers",
         f"{len(load.errors)} calls failed until {last - killed:.1f} s after, each within "
         f"{max(waited, default=0):.2f} s; Triton starts no other process; samp status: {state}, "
-        f"exit {code}; samp activate --reload (exit {back.returncode}) took {mended - began:.1f} s; "
+        f"exit {code}; samp activate --reload: exit {back.returncode}, {mended - began:.1f} s; "
         f"answers {'as before' if right else 'CHANGED'}",
         ok,
         "make chaos CHAOS='--only kills'",

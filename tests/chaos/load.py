@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import cases
 import grpc
 import numpy as np
+import wire
 from place import MODEL, Check, Serving, demo_texts
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -47,10 +47,10 @@ def body(tier: str) -> list[bytes]:
     texts = [text.encode() for text in demo_texts(64)]
     made = []
     for start in range(0, len(texts), ROWS):
-        tensor = cases.Tensor(
-            "TEXT", "BYTES", (ROWS, 1), cases.bytes_raw(texts[start : start + ROWS])
+        tensor = wire.Tensor(
+            "TEXT", "BYTES", (ROWS, 1), wire.bytes_raw(texts[start : start + ROWS])
         )
-        made.append(cases.over_grpc(f"{MODEL}_{tier}", [tensor]))
+        made.append(wire.over_grpc(f"{MODEL}_{tier}", [tensor]))
     return made
 
 

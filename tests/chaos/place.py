@@ -1,4 +1,4 @@
-"""The demo served for the campaign: a build of its own, a `samp serve`, clean calls, its processes."""
+"""The demo served for the campaign: a build of its own, a `samp serve`, clean calls."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def samp(*words: object, timeout: float = 300.0, **options: Any) -> Any:
 
 
 def demo_build() -> Path:
-    """The folder of a build of tiers exact and fast, from plans; made once, again if it is stale."""
+    """The folder of a build of tiers exact and fast, written from plans."""
     from samp_core.backends import choose_backend, open_backend
     from samp_core.checkpoint import load_checkpoint
     from samp_core.encoder import quantizable_sites

@@ -9,8 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-import cases
 import grpc
+import wire
 from place import MODEL, Check, Load, Serving, demo_texts
 
 ELEMENTS = 1 << 28
@@ -19,8 +19,8 @@ ELEMENTS = 1 << 28
 def poison(serving: Serving, seconds: float = 4.0) -> Check:
     """Strings that are shorter than they say, beside good requests: what the neighbours get."""
     ensemble = f"{MODEL}_fast"
-    body = cases.over_grpc(
-        ensemble, [cases.Tensor("TEXT", "BYTES", (1, 1), struct.pack("<I", 99) + b"x" * 91)]
+    body = wire.over_grpc(
+        ensemble, [wire.Tensor("TEXT", "BYTES", (1, 1), struct.pack("<I", 99) + b"x" * 91)]
     )
     load = Load(serving.grpc, ensemble, 6, demo_texts(8))
     call = grpc.insecure_channel(serving.grpc).unary_unary(

@@ -1,0 +1,143 @@
+"""`make chaos`: every part of the campaign in turn; exit 1 if something does not hold.
+
+make chaos                              # about 15 minutes
+make chaos CHAOS=--short                # about 3, as in CI
+make chaos CHAOS="--only fuzz --seed 7 --case 123"
+make chaos CHAOS=--publish              # and write docs/reliability.md and benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import disk
+import fuzz
+import kills
+import known
+import load
+import machine
+from place import ROOT, WORK, Check, Serving, demo_build, serve
+
+PARTS = ("fuzz", "limits", "kills", "overload", "soak", "disk")
+DOC = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- campaign -->", "<!-- /campaign -->"
+
+
+def parts(options: argparse.Namespace) -> dict[str, Callable[[Serving], list[Check]]]:
+    return {
+        "fuzz": lambda s: fuzz.campaign(s, options.requests, options.seed, options.case),
+        "limits": known.campaign,
+        "kills": kills.campaign,
+        "overload": lambda s: [load.overload(s, 10 if options.short else 30)],
+        "soak": lambda s: [load.soak(s, options.soak)],
+        "disk": lambda s: disk.campaign(s, options.short),
+    }
+
+
+def main() -> int:
+    options = read()
+    begun = time.monotonic()
+    out = demo_build()
+    checks: dict[str, list[Check]] = {}
+    # Each part has a server of its own, so that none sees what another one left.
+    for name, part in parts(options).items():
+        if options.only and name not in options.only:
+            continue
+        print(f"---- {name}", flush=True)
+        with serve(out) as serving:
+            made = part(serving)
+        checks[name] = made
+        for check in made:
+            word = {True: "ok", False: "FAILED", None: "stated"}[check.ok]
+            print(f"{word:7} {check.part}: {check.what}: {check.result}", flush=True)
+            if check.ok is False:
+                print(f"        {json.dumps(check.figures)[:3000]}", flush=True)
+    record = result(checks, options, time.monotonic() - begun)
+    WORK.mkdir(parents=True, exist_ok=True)
+    (WORK / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+    if options.publish:
+        publish(record)
+    count = sum(len(made) for made in checks.values())
+    failed = [check for made in checks.values() for check in made if check.ok is False]
+    print(f"chaos: {count} checks, {len(failed)} failed, {record['seconds']} s")
+    return 1 if failed else 0
+
+
+def read() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make chaos")
+    parser.add_argument("--short", action="store_true", help="about 3 minutes")
+    parser.add_argument("--only", choices=PARTS, action="append", help="only this part; repeatable")
+    parser.add_argument("--seed", type=int, default=0, help="of the fuzzed requests")
+    parser.add_argument("--case", type=int, help="one fuzzed request alone, and what came of it")
+    parser.add_argument("--requests", type=int, help="fuzzed requests; 10,000, short 2,000")
+    parser.add_argument("--soak", type=float, help="seconds; 600, short 30")
+    parser.add_argument("--publish", action="store_true", help="write the table and the result")
+    options = parser.parse_args()
+    options.requests = options.requests or (2_000 if options.short else 10_000)
+    options.soak = options.soak or (30.0 if options.short else 600.0)
+    return options
+
+
+def result(
+    checks: dict[str, list[Check]], options: argparse.Namespace, seconds: float
+) -> dict[str, Any]:
+    words = " ".join(word for word in sys.argv[1:] if word != "--publish")
+    return {
+        "schema": 1,
+        "suite": "chaos",
+        "commit": machine.commit(),
+        "command": f"make chaos CHAOS='{words}'" if words else "make chaos",
+        "date": datetime.date.today().isoformat(),
+        "device": machine.cpu_name(),
+        "cores": os.cpu_count(),
+        "seconds": round(seconds),
+        "versions": machine.versions(),
+        "checks": [
+            {"group": group, **asdict(check)} for group, made in checks.items() for check in made
+        ],
+    }
+
+
+def publish(record: dict[str, Any]) -> None:
+    """The result file, and the table of docs/reliability.md out of it.
+
+    Parts that were not run now are kept as the last run of that day left them.
+    """
+    device = str(record["device"]).lower().replace("(r)", "").split()[:2]
+    path = machine.RESULTS / f"{record['date']}-chaos-{'-'.join(device)}.json"
+    run = {check["group"] for check in record["checks"]}
+    for check in record["checks"]:
+        check |= {"commit": record["commit"], "run": record["command"]}
+    if path.is_file():
+        kept = [c for c in json.loads(path.read_text())["checks"] if c["group"] not in run]
+        record["checks"] = sorted(
+            [*kept, *record["checks"]], key=lambda check: PARTS.index(check["group"])
+        )
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    runs = dict.fromkeys(check["run"] for check in record["checks"])
+    lines = [
+        f"{record['date']}, {record['device']}, {record['cores']} cores, by "
+        + ", ".join(f"`{one}`" for one in runs)
+        + f" ([result](../benchmarks/results/{path.name})).",
+        "",
+        "| part | what must hold | what happened | holds |",
+        "|---|---|---|---|",
+    ]
+    for check in record["checks"]:
+        word = {True: "yes", False: "**no**", None: "stated"}[check["ok"]]
+        lines.append(f"| {check['part']} | {check['what']} | {check['result']} | {word} |")
+    text = DOC.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    DOC.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
