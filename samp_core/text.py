@@ -63,8 +63,9 @@ class Encoding:
 class TextEncoder:
     """A checkpoint's tokenizer with truncation to max_length and without padding.
 
-    A pair's longer text loses tokens first, as with transformers' longest_first. With `windows`
-    a text keeps the tokens of all its windows, and only what lies beyond them is truncated.
+    A pair's longer text loses tokens first, as with transformers' longest_first. It is done here,
+    not by the library, which keeps what it cuts off in every combination of a pair's pieces. With
+    `windows` a text keeps the tokens of all its windows, only what lies beyond them is truncated.
     spaces: a word is what stands between white space, not what the tokenizer splits first.
     """
 
@@ -78,13 +79,13 @@ class TextEncoder:
     ) -> None:
         tokenizer.no_padding()
         self.longest = max_length if windows is None else windows.tokens
-        tokenizer.enable_truncation(self.longest, direction=side)
+        tokenizer.no_truncation()
         self.max_length = max_length
         self.windows = windows
         self.spaces = spaces
         self._side = side
         self._tokenizer = tokenizer
-        self._boundary = _safe_boundary(json.loads(tokenizer.to_str()))
+        self._boundary = _safe_boundary(json.loads(tokenizer.to_str())) if side == "right" else None
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int | None = None) -> TextEncoder:
@@ -106,6 +107,8 @@ class TextEncoder:
             raise _missing(folder)
         side = _read_json(folder / _SERVED).get("truncation_side")
         side = str(side or config.get("truncation_side", "right"))
+        if side not in ("left", "right"):
+            raise _damaged(folder / _TOKENIZER_CONFIG, f"truncation_side {side!r}")
         served = _read_json(folder / _SERVED)
         windows = Windows(**served["windows"]) if "windows" in served else None
         spaces = bool(served.get("spaces", False))
@@ -138,7 +141,7 @@ class TextEncoder:
             short, self._encode_all([texts[i] for i in short], offsets), strict=True
         ):
             whole[index] = encoded
-        encodings = [_encoding(encoded, offsets) for encoded in whole]
+        encodings = [self._encoding(encoded, offsets) for encoded in whole]
         if offsets and self.spaces:
             return [_between_spaces(e, str(t)) for e, t in zip(encodings, texts, strict=True)]
         return encodings
@@ -174,25 +177,46 @@ class TextEncoder:
             if cut is None:
                 break
             encoded = self._encode_all([text[: cut.start()]], offsets)[0]
-            if encoded.overflowing:
+            if len(encoded) > self.longest:
                 return encoded
             limit = 4 * cut.start()
         return self._encode_all([text], offsets)[0]
 
+    def _encoding(self, encoded: Any, offsets: bool) -> Encoding:
+        keep = self._kept(encoded)
+        spans = words = None
+        if offsets:
+            spans = np.array(encoded.offsets, dtype=np.int32).reshape(-1, 2)
+            spans[np.array(encoded.special_tokens_mask, dtype=bool)] = -1
+            words = np.array([-1 if w is None else w for w in encoded.word_ids], dtype=np.int32)
+            spans, words = spans[keep], words[keep]
+        return Encoding(
+            np.array(encoded.ids, dtype=np.int32)[keep],
+            np.array(encoded.type_ids, dtype=np.int32)[keep],
+            len(encoded) > self.longest,
+            spans,
+            words,
+        )
 
-def _encoding(encoded: Any, offsets: bool) -> Encoding:
-    spans = words = None
-    if offsets:
-        spans = np.array(encoded.offsets, dtype=np.int32).reshape(-1, 2)
-        spans[np.array(encoded.special_tokens_mask, dtype=bool)] = -1
-        words = np.array([-1 if w is None else w for w in encoded.word_ids], dtype=np.int32)
-    return Encoding(
-        np.array(encoded.ids, dtype=np.int32),
-        np.array(encoded.type_ids, dtype=np.int32),
-        bool(encoded.overflowing),
-        spans,
-        words,
-    )
+    def _kept(self, encoded: Any) -> Any:
+        """The tokens that stay, as an index: all special ones, of each text its share."""
+        if len(encoded) <= self.longest:
+            return slice(None)
+        whose = np.array([-1 if text is None else text for text in encoded.sequence_ids])
+        keep = whose < 0
+        places = [np.flatnonzero(whose == text) for text in (0, 1)]
+        room = max(0, self.longest - int(keep.sum()))
+        for mine, count in zip(places, _shares(*map(len, places), room), strict=True):
+            keep[mine[:count] if self._side == "right" else mine[len(mine) - count :]] = True
+        return keep
+
+
+def _shares(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens two texts keep of `room`: the longer loses until both are equal."""
+    if first + second <= room:
+        return first, second
+    less = min(first, second, room // 2)
+    return (room - less, less) if first > second else (less, room - less)
 
 
 def _between_spaces(encoding: Encoding, text: str) -> Encoding:
@@ -215,7 +239,6 @@ def _safe_boundary(spec: dict[str, Any]) -> re.Pattern[str] | None:
         normalizer.get("type") != "BertNormalizer"
         or (spec.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer"
         or (spec.get("model") or {}).get("type") != "WordPiece"
-        or (spec.get("truncation") or {}).get("direction") != "Right"
     ):
         return None
     ideographs = "\u4e00-\u9fff" if normalizer.get("handle_chinese_chars") else ""

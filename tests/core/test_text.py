@@ -21,7 +21,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samp_core import text as text_module
 from samp_core.errors import SampError
 from samp_core.text import Encoding, TextEncoder
 
@@ -204,8 +203,8 @@ def _encoder(folder: Path, length: int) -> TextEncoder:
 def test_cutting_a_long_text_changes_nothing(minilm: Path, text: str, length: int) -> None:
     encoder = _encoder(minilm, length)
     assert encoder._boundary is not None
-    whole = text_module._encoding(encoder._encode_all([text], True)[0], True)
-    cut = text_module._encoding(encoder._encode_long(text, 1, True), True)
+    whole = encoder._encoding(encoder._encode_all([text], True)[0], True)
+    cut = encoder._encoding(encoder._encode_long(text, 1, True), True)
     assert cut.ids.tolist() == whole.ids.tolist()
     assert cut.truncated == whole.truncated
     assert cut.offsets is not None
@@ -230,6 +229,25 @@ def test_a_megabyte_of_text(minilm: Path, unit: str) -> None:
         assert encoded.truncated
         assert len(encoded.ids) == 128
         assert seconds < 0.25  # the whole text takes one to two seconds
+
+
+LONG_PAIR = """
+import resource, sys
+from samp_core.text import TextEncoder
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+encoder = TextEncoder.load(sys.argv[1], 64)
+first, second = "a good film, " * 4000, "one more " * 5000
+(pair,) = encoder.encode([(first, second)])
+ids = [encoder.encode([text[:300]])[0].ids.tolist() for text in (first, second)]
+assert pair.ids.tolist() == [101, *ids[0][1:32], 102, *ids[1][1:31], 102]
+assert pair.types.tolist() == [0] * 33 + [1] * 31
+assert pair.truncated
+"""
+
+
+def test_a_long_pair_takes_no_more_than_its_texts(minilm: Path) -> None:
+    """The library's own truncation keeps every combination of both texts' pieces: gigabytes."""
+    subprocess.run([sys.executable, "-c", LONG_PAIR, str(minilm)], check=True, timeout=120)
 
 
 def test_other_tokenizers_are_not_cut(minilm: Path, tmp_path: Path) -> None:
@@ -314,6 +332,9 @@ def test_faults_of_the_folder(minilm: Path, tmp_path: Path) -> None:
     with pytest.raises(SampError, match=r"tokenizer_damaged: .*tokenizer\.json"):
         TextEncoder.load(tmp_path)
     shutil.copy(minilm / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "up"}')
+    with pytest.raises(SampError, match=r"tokenizer_config\.json: truncation_side 'up'"):
+        TextEncoder.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(SampError, match=r"tokenizer_config\.json"):
         TextEncoder.load(tmp_path)
