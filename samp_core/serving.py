@@ -332,7 +332,10 @@ def execute(
             tuple(backend.get_input_tensor_by_name(request, n).as_numpy() for n in inputs)
             for request in requests
         ]
-        results = run(tensors)
+        wrong = [_without_rows(inputs, arrays) for arrays in tensors]
+        good = [arrays for arrays, error in zip(tensors, wrong, strict=True) if error is None]
+        answers = iter(run(good) if good else [])
+        results = [error or next(answers) for error in wrong]
     except Exception as error:
         backend.Logger.log_error(f"{type(error).__name__}: {error}")
         results = [error] * len(requests)
@@ -342,6 +345,16 @@ def execute(
                 reason = result.reason if isinstance(result, RequestError) else "internal"
                 meters.add("samp_refused_total", 1, (("reason", reason),))
     return [_response(backend, result) for result in results]
+
+
+def _without_rows(names: Sequence[str], arrays: Inputs) -> RequestError | None:
+    """A batch of 0, which Triton lets pass and hands over without its first dimension."""
+    for name, array in zip(names, arrays, strict=True):
+        if array.ndim < 2:
+            return RequestError(
+                f"{name} {list(array.shape)}", "1 to 64 rows in the first dimension"
+            )
+    return None
 
 
 def _response(backend: Any, result: Outputs | Exception) -> Any:

@@ -47,6 +47,7 @@ def main() -> int:
     begun = time.monotonic()
     out = demo_build()
     checks: dict[str, list[Check]] = {}
+    record: dict[str, Any] = {"seconds": 0}
     # Each part has a server of its own, so that none sees what another one left.
     for name, part in parts(options).items():
         if options.only and name not in options.only:
@@ -60,11 +61,11 @@ def main() -> int:
             print(f"{word:7} {check.part}: {check.what}: {check.result}", flush=True)
             if check.ok is False:
                 print(f"        {json.dumps(check.figures)[:3000]}", flush=True)
-    record = result(checks, options, time.monotonic() - begun)
-    WORK.mkdir(parents=True, exist_ok=True)
-    (WORK / "result.json").write_text(json.dumps(record, indent=1) + "\n")
-    if options.publish:
-        publish(record)
+        record = result(checks, options, time.monotonic() - begun)
+        WORK.mkdir(parents=True, exist_ok=True)
+        (WORK / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+        if options.publish:
+            publish(record)
     count = sum(len(made) for made in checks.values())
     failed = [check for made in checks.values() for check in made if check.ok is False]
     print(f"chaos: {count} checks, {len(failed)} failed, {record['seconds']} s")

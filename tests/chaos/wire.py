@@ -73,7 +73,9 @@ def text_rows(tensors: Mapping[str, Tensor], sizes: Sizes, check: bool = True) -
             return None
         rows.append(text.raw[at : at + length])
         at += length
-    if at != len(text.raw) or len(rows) != text.shape[0] or not 1 <= len(rows) <= MOST_ROWS:
+    # Triton reads 32 bits of a batch size, and 0 as one row.
+    count = (text.shape[0] & 0xFFFFFFFF) or 1
+    if at != len(text.raw) or len(rows) != count or not 1 <= len(rows) <= MOST_ROWS:
         return None
     try:
         for row in rows if check else ():
