@@ -85,7 +85,9 @@ class TextEncoder:
         self.spaces = spaces
         self._side = side
         self._tokenizer = tokenizer
-        self._boundary = _safe_boundary(json.loads(tokenizer.to_str())) if side == "right" else None
+        # The whole file as text is slow where it holds 250,000 unigrams: only where it may matter.
+        cuts = side == "right" and isinstance(tokenizer.model, WordPiece)
+        self._boundary = _safe_boundary(json.loads(tokenizer.to_str())) if cuts else None
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int | None = None) -> TextEncoder:
@@ -229,7 +231,7 @@ def _between_spaces(encoding: Encoding, text: str) -> Encoding:
 
 
 def _safe_boundary(spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """Where a text may be cut so that the tokens before the cut stay the same; None: nowhere.
+    """Where WordPiece's texts may be cut so that the tokens before stay the same; None: nowhere.
 
     BERT's normalizer and pre-tokenizer work word by word, and no word spans white space or a CJK
     ideograph, which they isolate. An added token could, so that it must be free of both.
@@ -238,7 +240,6 @@ def _safe_boundary(spec: dict[str, Any]) -> re.Pattern[str] | None:
     if (
         normalizer.get("type") != "BertNormalizer"
         or (spec.get("pre_tokenizer") or {}).get("type") != "BertPreTokenizer"
-        or (spec.get("model") or {}).get("type") != "WordPiece"
     ):
         return None
     ideographs = "\u4e00-\u9fff" if normalizer.get("handle_chinese_chars") else ""
