@@ -42,7 +42,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-calibration bench-tasks bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-tasks bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -125,6 +125,9 @@ bench-served: $(VENV)/.native ## the same encoder through a Triton: share of its
 
 bench-calibration: demo-checkpoint ## what every calibrator and activation scale loses
 	@$(BIN)/python benchmarks/calibration.py $(BENCH)
+
+bench-tokenizer: demo-checkpoint ## texts/s of one thread of each kind of tokenizer, beside transformers
+	@$(BIN)/python benchmarks/tokenizer.py $(BENCH)
 
 bench-serving: demo-checkpoint ## the demo's tiers beside a plain Triton model
 	@$(BIN)/python benchmarks/serving.py $(BENCH)

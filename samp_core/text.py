@@ -208,7 +208,8 @@ class TextEncoder:
         keep = whose < 0
         places = [np.flatnonzero(whose == text) for text in (0, 1)]
         room = max(0, self.longest - int(keep.sum()))
-        for mine, count in zip(places, _shares(*map(len, places), room), strict=True):
+        shares = _shares(len(places[0]), len(places[1]), room)
+        for mine, count in zip(places, shares, strict=True):
             keep[mine[:count] if self._side == "right" else mine[len(mine) - count :]] = True
         return keep
 

@@ -1,0 +1,170 @@
+"""Texts a second of one thread: our tokenizer of each kind beside transformers' fast one.
+
+    make bench-tokenizer                     # a quiet machine, about 3 minutes
+    make bench-tokenizer BENCH="--quick"     # does it run? no figures
+
+WordPiece is the demo's, or trained here with BPE and Unigram on the film reviews; `e5` is
+multilingual-e5-small's Unigram where examples/twelve_layers/prepare.py made its folder. Both read
+the same tokenizer.json and cut the same reviews to the same length; their ids are compared first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleave import Contender, Pace, measure
+from machine import ROOT, Bystanders, quantiles, report, require_quiet, versions, write_result
+
+from samp_core.text import TextEncoder
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+FOLDER = ROOT / "build" / "bench" / "tokenizers"
+REVIEWS = ROOT / ".demo" / "film_reviews" / "train.jsonl"
+READY = {
+    "wordpiece": ROOT / ".demo" / "checkpoint",
+    "unigram-e5": ROOT / ".demo" / "twelve_layers" / "e5-small",
+}
+LENGTH = 128
+BATCHES = (1, 32)
+VOCABULARY = 30_000
+Encode = Callable[[list[str]], object]
+
+
+def main() -> None:
+    """Measure every kind that is there, print a table, write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short turns: it runs, no figures")
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    if not REVIEWS.is_file():
+        raise SystemExit("bench: no film reviews; make demo-checkpoint writes them")
+    busy = require_quiet(asked.force or asked.quick)
+    pace = Pace(2, 0.02, 0.01) if asked.quick else Pace()
+    texts = [json.loads(line)["text"] for line in REVIEWS.open(encoding="utf-8")][:2048]
+    others = Bystanders([])
+    rows, not_run = [], []
+    for kind, folder in folders(texts, asked.quick).items():
+        if not (folder / "tokenizer.json").is_file():
+            not_run.append(f"{kind}: {folder.relative_to(ROOT)} is not there")
+            continue
+        rows += kind_rows(kind, folder, texts, pace, asked.seed)
+    print(table(rows))
+    share = others.share()
+    path = write_result(
+        "tokenizer", threads=1, rows=rows, not_run=not_run, found_limits={},
+        found_versions=versions(), seed=asked.seed, busy_share=busy, others_share=share,
+        **({"folder": ROOT / "build" / "bench" / "results"} if asked.quick else {}),
+    )  # fmt: skip
+    report(path, share)
+
+
+def folders(texts: list[str], quick: bool) -> dict[str, Path]:
+    """Where each kind's tokenizer.json is; BPE and Unigram are trained once and kept."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    size = 2000 if quick else VOCABULARY
+    common = {"vocab_size": size, "special_tokens": special, "show_progress": False}
+    whole = [json.loads(line)["text"] for line in REVIEWS.open(encoding="utf-8")]
+    made: dict[str, tuple[Any, Any, Any]] = {
+        "bpe": (models.BPE(), pre_tokenizers.ByteLevel(), trainers.BpeTrainer(**common)),
+        "unigram": (
+            models.Unigram(), pre_tokenizers.Metaspace(),
+            trainers.UnigramTrainer(unk_token="<unk>", **common),
+        ),
+    }  # fmt: skip
+    found = {"wordpiece": READY["wordpiece"]}
+    for kind, (model, splits, trainer) in made.items():
+        found[kind] = folder = FOLDER / f"{kind}-{size}"
+        if (folder / "tokenizer.json").is_file():
+            continue
+        print(f"train {kind}", file=sys.stderr, flush=True)
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = splits
+        tokenizer.train_from_iterator(texts if quick else whole, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
+            special_tokens=[("<s>", 0), ("</s>", 2)],
+        )  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f".tokenizer.{os.getpid()}"
+        tokenizer.save(str(aside))
+        aside.replace(folder / "tokenizer.json")
+    return {**found, "unigram-e5": READY["unigram-e5"]}
+
+
+def kind_rows(
+    kind: str, folder: Path, texts: list[str], pace: Pace, seed: int
+) -> list[dict[str, Any]]:
+    """A row for each batch size; ends the program if the two do not give the same ids."""
+    from transformers import PreTrainedTokenizerFast
+
+    ours = TextEncoder.load(folder, LENGTH)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    wanted = theirs(texts, truncation=True, max_length=LENGTH)["input_ids"]
+    if [one.ids.tolist() for one in ours.encode(texts)] != wanted:
+        raise SystemExit(f"bench: {kind}: our ids are not those of transformers")
+    arms: dict[str, Encode] = {
+        "ours": lambda batch: ours.encode(batch, offsets=False),
+        "ours_offsets": lambda batch: ours.encode(batch),
+        "transformers": lambda batch: theirs(batch, truncation=True, max_length=LENGTH),
+        "transformers_offsets": lambda batch: theirs(
+            batch, truncation=True, max_length=LENGTH, return_offsets_mapping=True
+        ),
+    }
+    rows = []
+    for size in BATCHES:
+        contenders = [
+            Contender(arm, arm, walk(encode, texts, size), lambda: np.zeros((0, 0), np.float32))
+            for arm, encode in arms.items()
+        ]
+        measure(contenders, pace, seed)
+        row: dict[str, Any] = {
+            "kind": kind, "texts": size, "max_length": LENGTH,
+            "tokens_a_text": round(float(np.mean([len(ids) for ids in wanted])), 1),
+        }  # fmt: skip
+        for one in contenders:
+            row[f"{one.column}_ms"] = found = quantiles(one.times_ms)
+            row[f"{one.column}_texts_per_s"] = round(1000 * size / found["median"])
+        for suffix in ("", "_offsets"):
+            name = f"transformers{suffix}"
+            row[f"ratio_{name}"] = round(
+                row[f"{name}_ms"]["median"] / row[f"ours{suffix}_ms"]["median"], 2
+            )
+        rows.append(row)
+    print(f"{kind}: measured", file=sys.stderr, flush=True)
+    return rows
+
+
+def walk(encode: Encode, texts: list[str], size: int) -> Callable[[], object]:
+    """One call is the next batch of so many texts, round and round."""
+    batches = [texts[at : at + size] for at in range(0, len(texts) - size + 1, size)]
+    place = iter(range(10**12))
+    return lambda: encode(batches[next(place) % len(batches)])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: texts a second of one thread."""
+    lines = [
+        "| kind | texts a call | ours | transformers | ours, offsets | transformers, offsets |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            f"{row[f'{arm}_texts_per_s']:,}"
+            for arm in ("ours", "transformers", "ours_offsets", "transformers_offsets")
+        ]
+        lines.append(f"| {row['kind']} | {row['texts']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
