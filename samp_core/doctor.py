@@ -79,9 +79,7 @@ def examine() -> list[Check]:
         check_shm(),
         check_disk(Path.cwd()),
         check_gpu(),
-        _optional(
-            "cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "backend cuda", "gpu"
-        ),
+        _optional("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "backend cuda", "gpu"),
         check_compiler(),
         _optional("locust", ("locust",), "`samp loadtest`", "loadtest"),
     ]
