@@ -476,6 +476,6 @@ def test_a_bad_batch_is_refused_and_the_next_is_answered(name: str, checkpoint: 
 
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(
-        SampError, match="unknown_backend: backend 'gpu'; allowed: cpu, onednn, refer"
+        SampError, match="unknown_backend: backend 'gpu'; allowed: cpu, cuda, onednn, refer"
     ):
         encoder.open_backend("gpu")

@@ -231,7 +231,8 @@ def test_server_times_are_of_the_requests_between_two_readings(
     assert times.queue_ms is not None
     assert times.compute_ms is not None
     assert times.compute_ms > 0.1
-    assert times.queue_ms + times.compute_ms < elapsed_ms
+    # A step's counters come a moment after its answer: one call of twelve may be that before.
+    assert times.queue_ms + times.compute_ms < 1.5 * elapsed_ms
     idle = client.server_times("fast", before, client.statistics())
     assert idle.steps[1].requests == 0
     assert idle.steps[1].compute_ms is None

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,10 @@ def test_nothing_changed(place: Place) -> None:
     assert done.json["forwards"] == 0
     assert done.json["cache"]["misses"] == 0
     assert (place.out / "current").resolve() == current
-    place.reload()
+    loaded = place.loaded()
+    place.process.send_signal(signal.SIGHUP)
+    time.sleep(2.0)
+    assert place.loaded() == loaded  # what is served already is not loaded again
     for tier, scores in before.items():
         np.testing.assert_array_equal(place.scores(tier), scores)
 
