@@ -14,7 +14,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,7 +67,7 @@ class Server:
         self.log = log
         self.pid = process.pid
         self._builds: dict[Path, Manifest] = {}
-        self._holds: dict[Path, int] = {}
+        self._holds: dict[Path, dict[Path, int]] = {}  # folder -> build -> descriptor
         self._view: dict[str, Spec] = {}
         self._control = Control(self.http)
         self._process = process
@@ -143,7 +143,10 @@ class Server:
                 server.stop()
                 raise
             server._builds, server._view = builds, view
-            server._holds = {out: hold(manifest.folder) for out, manifest in builds.items()}
+            server._holds = {
+                out: {manifest.folder.resolve(): hold(manifest.folder)}
+                for out, manifest in builds.items()
+            }
             server._tiers = list(tiers) if tiers else None
             server.describe(started=time.time(), pid=server.pid, control=None)
             return server
@@ -275,8 +278,7 @@ class Server:
         except BaseException:
             os.close(held)
             raise
-        os.close(self._holds[out])
-        self._holds[out] = held
+        self._hold_linked(out, new.folder.resolve(), held, after)
         rest = {name: spec for name, spec in self._view.items() if name not in mine}
         self._view = {**rest, **after}
         self._builds[out] = new
@@ -291,6 +293,16 @@ class Server:
             "tiers": list(new.chosen(self._tiers)),
             "gone": [name for name in gone if name in before],
         }
+
+    def _hold_linked(self, out: Path, build: Path, held: int, names: Iterable[str]) -> None:
+        """Hold the new build, and older ones whose files models that did not change still use."""
+        holds = self._holds[out]
+        if build in holds:
+            os.close(holds.pop(build))
+        linked = self._stage.builds(names)
+        for older in [folder for folder in holds if folder not in linked]:
+            os.close(holds.pop(older))
+        holds[build] = held
 
     def _run(self, steps: Sequence[Step], progress: Callable[[int, int, str], None] | None) -> None:
         count = 0
@@ -399,8 +411,9 @@ class Server:
             # Clean or not: a model process may outlive its Triton, in the same process group.
             os.killpg(self.pid, signal.SIGKILL)
             self._process.wait()
-            for descriptor in self._holds.values():
-                os.close(descriptor)
+            for holds in self._holds.values():
+                for descriptor in holds.values():
+                    os.close(descriptor)
             self._regions.release(keep_log=self._keep_log)
 
     def __enter__(self) -> Server:

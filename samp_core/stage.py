@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,6 +74,12 @@ class Stage:
         newer = max(time.time_ns(), 1_000_000_000 + before)
         for path in (model / CONFIG, version):
             os.utime(path, ns=(newer, newer))
+
+    def builds(self, names: Iterable[str]) -> set[Path]:
+        """The builds whose files these models use."""
+        files = [p for name in names for p in (self.folder / name / "1").glob("*")]
+        # <build>/models/<model>/1/<file>
+        return {path.resolve().parents[3] for path in files if path.is_symlink()}
 
     def drop(self, name: str) -> None:
         shutil.rmtree(self.folder / name, ignore_errors=True)
