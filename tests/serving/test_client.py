@@ -221,18 +221,19 @@ def test_server_times_are_of_the_requests_between_two_readings(
     served: Served, client: Client
 ) -> None:
     client.predict(["fine"], "exact")
+    time.sleep(0.2)  # a step's counters come a moment after its answer
     before = client.statistics()
     start = time.perf_counter()
     for text in served.texts[:12]:
         client.predict([text], "exact")
     elapsed_ms = (time.perf_counter() - start) * 1e3 / 12
+    time.sleep(0.2)
     times = client.server_times("exact", before, client.statistics())
     assert [step.requests for step in times.steps] == [12, 12, 12]
     assert times.queue_ms is not None
     assert times.compute_ms is not None
     assert times.compute_ms > 0.1
-    # A step's counters come a moment after its answer: one call of twelve may be that before.
-    assert times.queue_ms + times.compute_ms < 1.5 * elapsed_ms
+    assert times.queue_ms + times.compute_ms < elapsed_ms
     idle = client.server_times("fast", before, client.statistics())
     assert idle.steps[1].requests == 0
     assert idle.steps[1].compute_ms is None
