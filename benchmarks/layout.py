@@ -87,12 +87,7 @@ def measure(
             seconds=options.seconds,
             warm_s=options.warm,
         )
-        if result["failures"]:
-            raise SystemExit(f"bench: {arm.name} failed: {result['failures'][0]}")
-        figures = found.setdefault((arm.name, callers), Figures())
-        figures.rps.append(result["rps"])
-        figures.latencies_ms += result["latencies_ms"]
-        figures.client_cores.append(result["client_cores"])
+        found.setdefault((arm.name, callers), Figures()).add(arm.name, result)
     return found
 
 

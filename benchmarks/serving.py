@@ -63,6 +63,14 @@ class Figures:
     def median_rps(self) -> float:
         return statistics.median(self.rps)
 
+    def add(self, who: str, result: Mapping[str, Any]) -> None:
+        """One closed loop of closed_loop.py."""
+        if result["failures"]:
+            raise SystemExit(f"bench: {who} failed: {result['failures'][0]}")
+        self.rps.append(result["rps"])
+        self.latencies_ms += result["latencies_ms"]
+        self.client_cores.append(result["client_cores"])
+
 
 class Worker:
     """A Python process that answers one JSON line with one JSON line."""
@@ -139,12 +147,7 @@ def measure_load(
             seconds=options.seconds,
             warm_s=options.warm,
         )
-        if result["failures"]:
-            raise SystemExit(f"bench: {arm.name} failed: {result['failures'][0]}")
-        figures = found.setdefault((arm.name, concurrency), Figures())
-        figures.rps.append(result["rps"])
-        figures.latencies_ms += result["latencies_ms"]
-        figures.client_cores.append(result["client_cores"])
+        found.setdefault((arm.name, concurrency), Figures()).add(arm.name, result)
     return found
 
 

@@ -115,16 +115,29 @@ class _Experiment(Generic[_Caller]):
             for name, answer in zip(names, answers, strict=True):
                 self._record(record_of(name, arm, answer, elapsed_ms))
 
-    def _failed(self, arm: str, names: Sequence[str], error: ClientError, start: float) -> bool:
-        """Record it; whether the fallback is to answer. Its answers are served, not recorded:
+    def _instead(
+        self,
+        arm: str,
+        names: Sequence[str],
+        error: ClientError,
+        start: float,
+        timeout_s: float | None,
+    ) -> tuple[Arm[_Caller], float | None]:
+        """Record the error; the arm that is to answer, and the seconds it has. Else the error.
 
-        they would add to the control's sample just the texts that the candidate failed.
+        Its answers are served, not recorded: they would add to the control's sample just the
+        texts that the candidate failed.
         """
-        elapsed_ms = (time.perf_counter() - start) * 1e3
+        elapsed_s = time.perf_counter() - start
         if self._record is not None:
             for name in names:
-                self._record(ABRecord(name, arm, None, None, elapsed_ms, str(error)))
-        return self.fallback not in (None, arm) and isinstance(error, ServerError)
+                self._record(ABRecord(name, arm, None, None, elapsed_s * 1e3, str(error)))
+        left = None if timeout_s is None else timeout_s - (time.perf_counter() - start)
+        if self.fallback is None or self.fallback == arm or not isinstance(error, ServerError):
+            raise error
+        if left is not None and left <= 0:
+            raise error
+        return self.arms[self.fallback], left
 
 
 class ABClient(_Experiment[Client]):
@@ -176,12 +189,7 @@ class ABClient(_Experiment[Client]):
                     chosen, self.arms[arm].tier, timeout_s=timeout_s
                 )
             except ClientError as error:
-                if not self._failed(arm, own, error, start):
-                    raise
-                spare = self.arms[str(self.fallback)]
-                left = None if timeout_s is None else timeout_s - (time.perf_counter() - start)
-                if left is not None and left <= 0:
-                    raise
+                spare, left = self._instead(arm, own, error, start, timeout_s)
                 answers = getattr(spare.client, call)(chosen, spare.tier, timeout_s=left)
             else:
                 self._answered(arm, own, answers, start)
@@ -239,12 +247,7 @@ class AsyncABClient(_Experiment[AsyncClient]):
                     chosen, self.arms[arm].tier, timeout_s=timeout_s
                 )
             except ClientError as error:
-                if not self._failed(arm, own, error, start):
-                    raise
-                spare = self.arms[str(self.fallback)]
-                left = None if timeout_s is None else timeout_s - (time.perf_counter() - start)
-                if left is not None and left <= 0:
-                    raise
+                spare, left = self._instead(arm, own, error, start, timeout_s)
                 answers = await getattr(spare.client, call)(chosen, spare.tier, timeout_s=left)
             else:
                 self._answered(arm, own, answers, start)

@@ -56,6 +56,7 @@ class Pipeline:
         encodings = self.text.encode(texts, offsets=False)
         batch = pack_batch([e.ids for e in encodings], [e.types for e in encodings])
         feature = self.session.run(batch, output=self.head.encoder_output)
+        assert self.head.run is not None
         return self.head.run(self.weights, feature, self.labels)
 
 

@@ -270,6 +270,7 @@ class TaskHead:
         """The rows of all requests in one call of the head."""
         if self.head.rows is not None:
             return [_attempt(self._answer, *inputs) for inputs in requests]
+        assert self.head.run is not None
         features = [feature for (feature,) in requests]
         outputs = self.head.run(self.weights, np.concatenate(features), self.labels)
         counts = [len(feature) for feature in features]

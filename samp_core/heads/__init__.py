@@ -77,7 +77,7 @@ class Head:
     run(weights, feature, labels): one array per output, [b, *dims]; BYTES as objects. A row's
         result must not depend on the other rows.
     rows(texts, labels): for encoder_output "tokens", in place of `run`: each text's outputs, whose
-        first dim may differ from text to text where the spec says -1.
+        first dim may differ from text to text where the spec says -1. A head has one of the two.
     encoder_tensors(state_dict, config): tensors that the encoder needs for this head; the linear
         layer of a token head runs there, so that logits cross to the head and not states.
     divergence(reference, logits): how far a plan's raw scores are from float's, 0 when equal.
@@ -88,7 +88,7 @@ class Head:
     outputs: tuple[TensorSpec, ...]
     export: Callable[[Mapping[str, NDArray[Any]], Mapping[str, Any]], dict[str, FloatArray]]
     logits: Callable[[Weights, FloatArray], FloatArray]
-    run: Callable[[Weights, FloatArray, Sequence[str]], dict[str, NDArray[Any]]]
+    run: Callable[[Weights, FloatArray, Sequence[str]], dict[str, NDArray[Any]]] | None = None
     rows: Callable[[Sequence[TokenRow], Sequence[str]], list[dict[str, NDArray[Any]]]] | None = None
     encoder_tensors: (
         Callable[[Mapping[str, NDArray[Any]], Mapping[str, Any]], dict[str, FloatArray]] | None
@@ -195,6 +195,9 @@ def _head_of(module: ModuleType, path: Path) -> Head:
     head = getattr(module, "HEAD", None)
     if not isinstance(head, Head):
         raise _invalid(path, f"HEAD is {type(head).__name__}")
+    if (head.run is None) == (head.rows is None):
+        which = "neither" if head.run is None else "both"
+        raise _invalid(path, f"HEAD has {which} of run and rows")
     return head
 
 

@@ -64,11 +64,6 @@ def logits(weights: Weights, feature: FloatArray) -> FloatArray:
     return feature
 
 
-def run(weights: Weights, feature: FloatArray, labels: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """A token head answers text by text: `rows`."""
-    raise NotImplementedError
-
-
 def rows(texts: Sequence[TokenRow], labels: Sequence[str]) -> list[dict[str, NDArray[Any]]]:
     """ENTITY_LABEL, ENTITY_SCORE, ENTITY_START, ENTITY_END [entities], ENTITY_COUNT [1]."""
     found = []
@@ -105,7 +100,6 @@ HEAD = Head(
     ),
     export=export,
     logits=logits,
-    run=run,
     rows=rows,
     encoder_tensors=encoder_tensors,
 )
