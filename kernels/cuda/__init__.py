@@ -1,13 +1,15 @@
 """The CUDA backend: kernels in src/, compiled to cubins by build.py, launched through CuPy.
 
-units.py says what is compiled, tiles.py which tile runs, launcher.py what launches it, ops.py one
-op as one launch, session.py a whole encoder as one graph; emulator.py is a launcher for tests.
+formats.py says how numbers lie, units.py what is compiled, tiles.py which tile runs, launcher.py
+what launches it, ops.py one op as one launch, session.py a whole encoder as one graph; emulator.py
+is a launcher for tests.
 Nothing here has run on a GPU yet: docs/gpu.md.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -16,9 +18,17 @@ MEND = (
 )
 
 
+def emulated() -> bool:
+    """Whether SAMP_CUDA=emulated asks for the kernels without a GPU: right answers, no speed."""
+    return os.environ.get("SAMP_CUDA") == "emulated"
+
+
 @cache
 def missing() -> str:
     """Why this backend cannot run here; "" where it can. Compiles nothing."""
+    if emulated():
+        emulator = importlib.import_module("samp_kernels.cuda.emulator")
+        return "" if emulator.find_compiler() else "no C++ compiler for the emulator"
     if find_spec("cupy") is None:
         return "CuPy is not installed"
     try:
@@ -32,7 +42,7 @@ def missing() -> str:
     architecture = units.for_device(capability)
     if not architecture:
         return f"no kernels for compute capability {capability}"
-    for unit in units.all_units():
+    for unit in units.units_of(architecture):
         if not (build.folder() / units.cubin_name(unit, architecture)).is_file():
             return f"no cubin {unit.name} for {architecture}; run: {build.COMMAND}"
     return ""

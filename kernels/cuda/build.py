@@ -25,12 +25,13 @@ from samp_kernels.cuda.units import (
     ARCHITECTURES,
     SOURCES,
     Unit,
-    all_units,
+    check_unit,
     cubin_name,
     defines_of,
     headers,
     source_text,
     units_by_name,
+    units_of,
 )
 from samp_kernels.interface import KernelError
 
@@ -48,6 +49,7 @@ def folder() -> Path:
 
 
 def find_cubin(unit: Unit, architecture: str) -> Path:
+    check_unit(unit, architecture)
     path = folder() / cubin_name(unit, architecture)
     if not path.is_file():
         got = f"no {unit.name} for {architecture} in {folder()}"
@@ -163,7 +165,7 @@ def build(
         notes = json.loads(notes_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         notes = {}
-    wanted = [(unit, arch) for arch in architectures for unit in all_units()]
+    wanted = [(unit, arch) for arch in architectures for unit in units_of(arch)]
     names = [cubin_name(unit, arch) for unit, arch in wanted]
     todo = [
         (unit.name, arch)

@@ -24,6 +24,7 @@ from samp_kernels.cuda.launcher import Buffer, Launch
 from samp_kernels.cuda.units import (
     SOURCES,
     Unit,
+    check_unit,
     content_key,
     defines_of,
     number,
@@ -62,11 +63,14 @@ def find_compiler() -> list[str]:
 def compile_units(names: Iterable[str], architecture: str) -> None:
     """Compile several units side by side, so that tests find them made."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda name: compile_for_cpu(units_by_name()[name], architecture), names))
+        units = [units_by_name()[name] for name in names]
+        fitting = [unit for unit in units if unit.runs_on(architecture)]
+        list(pool.map(lambda unit: compile_for_cpu(unit, architecture), fitting))
 
 
 def compile_for_cpu(unit: Unit, architecture: str) -> Path:
     """The unit as a shared library. Raises KernelError where it does not compile."""
+    check_unit(unit, architecture)
     compiler = find_compiler()
     command = [*compiler, *FLAGS.split(), *shlex.split(os.environ.get("SAMP_EMULATED_FLAGS", ""))]
     sm = f"sm_{number(architecture)}"

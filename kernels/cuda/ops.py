@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from samp_kernels.cuda.formats import BYTES, KINDS, check_precision
 from samp_kernels.cuda.launcher import Buffer, Launch, Scalar
 from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, shared_bytes
-from samp_kernels.cuda.units import HEAD_DIMS, attention_unit, gemm_unit, number
+from samp_kernels.cuda.units import ATTENTIONS, HEAD_DIMS, attention_unit, gemm_unit, number
 from samp_kernels.interface import (
     ACTIVATIONS,
     F32,
@@ -24,12 +25,9 @@ from samp_kernels.interface import (
 QUERIES = 64
 """Queries of one attention block (attention.cuh)."""
 
-KINDS = {"fp32": 0, "fp16": 1, "int8": 2}
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int32": 4}
 Arguments = tuple[Scalar, ...]
 _ACTS: dict[str | None, int] = {None: 0, **{act: i + 1 for i, act in enumerate(ACTIVATIONS)}}
 _ORDINARY = {("fp32", "fp32"), ("int8", "fp32"), ("fp32", "int8")}
-_TENSOR = {(a, b) for a in ("fp16", "int8") for b in ("fp16", "int8")}
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def size_of(rows: int, columns: int, kind: str) -> int:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight [out, in] on the device, and its scale [out] on the host where it is int8."""
+    """A weight [out, in] on the device, and its scale [out] on the host where it is int8 or fp8."""
 
     data: Matrix
     precision: str
@@ -112,8 +110,8 @@ class Device:
 
 @dataclass(frozen=True)
 class Target:
-    """What a row-wise op writes, each or none: floats, an fp16 copy, int8 with one static scale or
-    a scale for each row in `token_scale`."""
+    """What a row-wise op writes, each or none: floats, a copy in fp16 or bf16, int8 or fp8 with one
+    static scale or a scale for each row in `token_scale`."""
 
     floats: Matrix | None = None
     halves: Matrix | None = None
@@ -123,12 +121,13 @@ class Target:
 
     def arguments(self) -> tuple[Any, ...]:
         found = [m for m in (self.floats, self.halves, self.integers) if m is not None]
-        kind = KINDS[self.floats.kind] if self.floats is not None else 0
         return (
             _at(self.floats),
-            np.int32(kind),
+            _kind(self.floats),
             _at(self.halves),
+            _kind(self.halves),
             _at(self.integers),
+            _kind(self.integers),
             _inverse(self.scale),
             _at(self.token_scale),
             np.int32(found[0].ld),
@@ -160,7 +159,7 @@ def gemm(
         _at(residual),
         np.uint64(residual_rows),
         np.int32(residual.ld if residual is not None else 0),
-        np.int32(KINDS[residual.kind] if residual is not None else 0),
+        _kind(residual),
         _at(out),
         np.int32(out.ld),
         np.int32(KINDS[out.kind]),
@@ -182,6 +181,7 @@ def gemm(
         values: Arguments = (*head, *tail)
         ran = ("fp32",)
         return Launch("gemm_fp32", "gemm_f32", grid, 256, shared, values, "gemm", site, ran)
+    check_precision(packed.precision, device.sm)
     each = BYTES[packed.precision]
     product = Product(rows, width, x.columns * each, packed.precision)
     chosen = choice or choose(product, device.sm, device.multiprocessors)
@@ -292,8 +292,8 @@ def attention(
 
 def check_attention_kind(precisions: tuple[str, str], dim: int) -> None:
     """Raises UnsupportedPrecision or KernelError for what no unit computes."""
-    if precisions not in _ORDINARY | _TENSOR:
-        allowed = "each fp16 or int8, or each fp32 or int8"
+    if precisions not in _ORDINARY and precisions not in ATTENTIONS:
+        allowed = "each int8 or one of fp32, fp16, bf16"
         raise UnsupportedPrecision("cuda attention", " and ".join(precisions), allowed)
     if dim not in HEAD_DIMS:
         allowed = ", ".join(str(d) for d in HEAD_DIMS)
@@ -321,7 +321,7 @@ def layernorm(
         np.int32(KINDS[x.kind]),
         np.int32(x.ld),
         _at(residual),
-        np.int32(KINDS[residual.kind] if residual is not None else 0),
+        _kind(residual),
         np.int32(residual.ld if residual is not None else 0),
         _at(ln.gamma),
         _at(ln.beta),
@@ -386,6 +386,10 @@ def _rowwise(
 
 def _at(x: Matrix | None) -> np.uint64:
     return np.uint64(0 if x is None else x.pointer)
+
+
+def _kind(x: Matrix | None) -> np.int32:
+    return np.int32(0 if x is None else KINDS[x.kind])
 
 
 def _inverse(scale: float) -> np.float32:

@@ -55,7 +55,7 @@ def shared_bytes(tile: Tile, sm: int) -> int:
 
 @dataclass(frozen=True)
 class Product:
-    """y [rows, width] = x [rows, k_bytes] W^T; int8 or fp16."""
+    """y [rows, width] = x [rows, k_bytes] W^T; int8, fp8, fp16 or bf16."""
 
     rows: int
     width: int
@@ -81,7 +81,7 @@ def choose(
 ) -> Choice:
     """The tile and the split with the least estimated time, the larger tile where two are equal.
 
-    Only int8 is split: its sums are exact, so the split never shows in a result; fp16's would.
+    Only int8 is split: its sums are exact, so the split never shows in a result; a float's would.
     """
     known = (MEASURED if measured is None else measured).get((sm, product))
     if known is not None:

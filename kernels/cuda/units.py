@@ -7,22 +7,35 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from samp_kernels.cuda.formats import KINDS, has
 from samp_kernels.cuda.tiles import TILES, stages
+from samp_kernels.interface import UnsupportedPrecision
 
 SOURCES = Path(__file__).parent / "src"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 HEAD_DIMS = (32, 64)
+ATTENTIONS = (
+    ("int8", "int8"),
+    *((f, c) for f in ("fp16", "bf16") for c in (f, "int8")),
+    *(("int8", f) for f in ("fp16", "bf16")),
+)
+"""Scores and context that the tensor cores multiply."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One compilation. `kernels`: the entry points that it holds; `tile`: of a GEMM."""
+    """One compilation. `kernels`: the entry points that it holds; `tile`: of a GEMM;
+    `precisions`: what an architecture must multiply to have it."""
 
     name: str
     source: str
     kernels: tuple[str, ...]
     defines: tuple[tuple[str, int], ...] = ()
     tile: str = ""
+    precisions: tuple[str, ...] = ()
+
+    def runs_on(self, architecture: str) -> bool:
+        return all(has(precision, number(architecture)) for precision in self.precisions)
 
 
 def all_units() -> tuple[Unit, ...]:
@@ -30,30 +43,42 @@ def all_units() -> tuple[Unit, ...]:
         Unit("rows", "rows.cu", ("layernorm", "embed", "convert", "pool")),
         Unit("gemm_fp32", "gemm_f32.cu", ("gemm_f32",)),
     ]
-    for precision in ("int8", "fp16"):
+    for precision in ("int8", "fp16", "bf16", "fp8"):
         for name, tile in TILES.items():
             defines = (
-                ("INT8", int(precision == "int8")),
+                ("ELEMENT", KINDS[precision]),
                 ("TILE_M", tile.m),
                 ("TILE_N", tile.n),
                 ("WARPS_M", tile.warps_m),
                 ("WARPS_N", tile.warps_n),
             )
-            units.append(Unit(gemm_unit(precision, name), "gemm.cu", ("gemm",), defines, name))
+            unit = gemm_unit(precision, name)
+            units.append(Unit(unit, "gemm.cu", ("gemm",), defines, name, (precision,)))
     for dim in HEAD_DIMS:
         own: tuple[tuple[str, int], ...] = (("DIM", dim),)
         name = attention_unit(("fp32", "fp32"), dim)
         units.append(Unit(name, "attention_f32.cu", ("attention_f32",), own))
-        for scores in ("fp16", "int8"):
-            for context in ("fp16", "int8"):
-                forms = (
-                    *own,
-                    ("SCORES_INT8", int(scores == "int8")),
-                    ("CONTEXT_INT8", int(context == "int8")),
-                )
-                name = attention_unit((scores, context), dim)
-                units.append(Unit(name, "attention.cu", ("attention",), forms))
+        for both in ATTENTIONS:
+            halves = "bf16" if "bf16" in both else "fp16"
+            forms = (
+                *own,
+                ("SCORES_INT8", int(both[0] == "int8")),
+                ("CONTEXT_INT8", int(both[1] == "int8")),
+                ("FLOATS", KINDS[halves]),
+            )
+            name = attention_unit(both, dim)
+            units.append(Unit(name, "attention.cu", ("attention",), forms, "", both))
     return tuple(units)
+
+
+def units_of(architecture: str) -> tuple[Unit, ...]:
+    """Those that this architecture has."""
+    return tuple(unit for unit in all_units() if unit.runs_on(architecture))
+
+
+def check_unit(unit: Unit, architecture: str) -> None:
+    if not unit.runs_on(architecture):
+        raise UnsupportedPrecision("cuda", f"{unit.name} on {architecture}", "a newer GPU")
 
 
 def gemm_unit(precision: str, tile: str) -> str:

@@ -2,14 +2,14 @@
 //
 // A block of four warps owns 64 queries of one sequence and head, a warp 16 of them; keys come in
 // tiles of 64. Scores stay in registers: the fragment that Q K^T leaves is the one that P V reads.
-// With fp16 context the softmax is kept up to date from tile to tile (Dao et al., 2205.14135, from
+// With float context the softmax is kept up to date from tile to tile (Dao et al., 2205.14135, from
 // Milakov and Gimelshein, 1805.02867). Int8 context quantizes P after its softmax, as `reference`
 // defines it, so the keys are gone through twice: once for the largest score and the sum.
 //
 // int8 P: a thread holds keys 2t, 2t+1 of two neighbouring score tiles, and the product wants four
 // keys in a row. Sums do not mind the order, so V is stored in the order in which P lies.
 //
-// Unit: DIM (32, 64), SCORES_INT8, CONTEXT_INT8, SAMP_SM.
+// Unit: DIM (32, 64), SCORES_INT8, CONTEXT_INT8, FLOATS (F16 or BF16: what is not int8), SAMP_SM.
 #include "attention.cuh"
 #include "mma.cuh"
 
@@ -21,16 +21,9 @@ constexpr int V_PITCH = (CONTEXT_INT8 ? KEYS : DIM * 2) + 16;
 constexpr int STEPS = QK_BYTES / 32, NS = KEYS / 8, DS = DIM / 8;
 constexpr float LOG2E = 1.44269504f;
 
-#if SCORES_INT8
-typedef int Score;
-#else
-typedef float Score;
-#endif
-#if CONTEXT_INT8
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
+typedef Of<FLOATS>::Element Half;
+typedef Of<SCORES_INT8 ? S8 : FLOATS> Scores;
+typedef Of<CONTEXT_INT8 ? S8 : FLOATS> Context;
 
 // Place of a key in a row of int8 V: within 16, key 8h + 2t + b lies at 4t + 2h + b.
 DEVICE int place_of(int key) {
@@ -64,8 +57,8 @@ DEVICE void load_rows(unsigned char* to, int pitch, const Attention& a, const Wo
       }
     } else {
       uint4 halves;
-      halves.x = pack_halves(v.x, v.y), halves.y = pack_halves(v.z, v.w);
-      halves.z = pack_halves(w.x, w.y), halves.w = pack_halves(w.z, w.w);
+      halves.x = packed(Half(), v.x, v.y), halves.y = packed(Half(), v.z, v.w);
+      halves.z = packed(Half(), w.x, w.y), halves.w = packed(Half(), w.z, w.w);
       *reinterpret_cast<uint4*>(to + row * pitch + part * 2) = halves;
     }
   }
@@ -75,7 +68,7 @@ DEVICE void load_rows(unsigned char* to, int pitch, const Attention& a, const Wo
 DEVICE void multiply_keys(float (&s)[NS][4], const unsigned (&q)[STEPS][4], const unsigned char* ks,
                           const Attention& a, const Work& work, int query, int k0, float scale) {
   const int lane = threadIdx.x % 32;
-  Score sums[NS][4];
+  Scores::Sum sums[NS][4];
 #pragma unroll
   for (int j = 0; j < NS; ++j)
 #pragma unroll
@@ -87,8 +80,8 @@ DEVICE void multiply_keys(float (&s)[NS][4], const unsigned (&q)[STEPS][4], cons
       unsigned b[4];
       const int row = j * 8 + lane / 16 * 8 + lane % 8;
       load_tiles(b, ks + row * QK_PITCH + (step * 2 + lane / 8 % 2) * 16);
-      mma(sums[j], q[step], b);
-      mma(sums[j + 1], q[step], b + 2);
+      mma(Scores::Element(), sums[j], q[step], b);
+      mma(Scores::Element(), sums[j + 1], q[step], b + 2);
     }
 #pragma unroll
   for (int j = 0; j < NS; ++j)
@@ -155,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SAMP_SM >= 80 ? 4 : 3)
     load_tiles(q[step], qs + (warp * 16 + lane % 16) * QK_PITCH + (step * 2 + lane / 16) * 16);
 
   float s[NS][4], largest[2] = {-infinity(), -infinity()}, sum[2] = {0.0f, 0.0f};
-  Sum o[DS][4];
+  Context::Sum o[DS][4];
 #pragma unroll
   for (int d = 0; d < DS; ++d)
 #pragma unroll
@@ -198,8 +191,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, SAMP_SM >= 80 ? 4 : 3)
         unsigned b[4];
         const int row = d * 8 + lane / 16 * 8 + lane % 8;
         load_tiles(b, vs + row * V_PITCH + (half * 2 + lane / 8 % 2) * 16);
-        mma(o[d], p, b);
-        mma(o[d + 1], p, b + 2);
+        mma(Context::Element(), o[d], p, b);
+        mma(Context::Element(), o[d + 1], p, b + 2);
       }
     }
 #else
@@ -211,16 +204,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, SAMP_SM >= 80 ? 4 : 3)
     }
 #pragma unroll
     for (int j = 0; j < NS; j += 2) {
-      const unsigned p[4] = {pack_halves(s[j][0], s[j][1]), pack_halves(s[j][2], s[j][3]),
-                             pack_halves(s[j + 1][0], s[j + 1][1]),
-                             pack_halves(s[j + 1][2], s[j + 1][3])};
+      const unsigned p[4] = {packed(Half(), s[j][0], s[j][1]), packed(Half(), s[j][2], s[j][3]),
+                             packed(Half(), s[j + 1][0], s[j + 1][1]),
+                             packed(Half(), s[j + 1][2], s[j + 1][3])};
 #pragma unroll
       for (int d = 0; d < DS; d += 2) {
         unsigned b[4];
         const int key = j * 8 + lane / 8 % 2 * 8 + lane % 8;
         load_tiles_transposed(b, vs + key * V_PITCH + (d * 8 + lane / 16 * 8) * 2);
-        mma(o[d], p, b);
-        mma(o[d + 1], p, b + 2);
+        mma(Context::Element(), o[d], p, b);
+        mma(Context::Element(), o[d + 1], p, b + 2);
       }
     }
 #endif

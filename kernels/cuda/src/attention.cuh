@@ -45,11 +45,10 @@ DEVICE void store_context(const Attention& a, const Work& work, int query, int c
     float2 pair;
     pair.x = x, pair.y = y;
     *reinterpret_cast<float2*>(static_cast<float*>(a.out) + at) = pair;
-  } else if (a.out_kind == F16) {
-    *reinterpret_cast<unsigned*>(static_cast<f16*>(a.out) + at) = pack_halves(x, y);
-  } else {
-    const int low = quantized(x, a.inverse_scale), high = quantized(y, a.inverse_scale);
+  } else if (is_quantized(a.out_kind)) {
     *reinterpret_cast<unsigned short*>(static_cast<signed char*>(a.out) + at) =
-        static_cast<unsigned short>((low & 255) | (high & 255) << 8);
+        quantized2(a.out_kind, x, y, a.inverse_scale);
+  } else {
+    *reinterpret_cast<unsigned*>(static_cast<f16*>(a.out) + at) = packed_as(a.out_kind, x, y);
   }
 }

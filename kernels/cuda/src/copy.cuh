@@ -1,5 +1,5 @@
-// Words and moves: fp16 as bits, 16-byte asynchronous copies into shared memory, exp2.
-// One of the two files with PTX; every function here has a twin for cuda_on_cpu.h.
+// Words and moves: fp16, bf16 and e4m3 as bits, 16-byte asynchronous copies into shared memory,
+// exp2. One of the two files with PTX; every function here has a twin for cuda_on_cpu.h.
 #pragma once
 
 #ifdef SAMP_EMULATED
@@ -15,7 +15,38 @@ struct f16 {
   unsigned short bits;
 };
 
-enum Kind { F32 = 0, F16 = 1, S8 = 2 };
+struct bf16 {
+  unsigned short bits;
+};
+struct e4m3 {
+  unsigned char bits;
+};
+
+enum Kind { F32 = 0, F16 = 1, S8 = 2, BF16 = 3, E4M3 = 4 };
+
+// What a kind's tensor-core operands are, and the sums of their products.
+template <int KIND>
+struct Of;
+template <>
+struct Of<S8> {
+  typedef signed char Element;
+  typedef int Sum;
+};
+template <>
+struct Of<F16> {
+  typedef f16 Element;
+  typedef float Sum;
+};
+template <>
+struct Of<BF16> {
+  typedef bf16 Element;
+  typedef float Sum;
+};
+template <>
+struct Of<E4M3> {
+  typedef e4m3 Element;
+  typedef float Sum;
+};
 
 // SAMP_SM is the architecture that the unit is compiled for, without its letter: 75, 80, 90.
 constexpr bool ASYNC_COPIES = SAMP_SM >= 80;
@@ -37,6 +68,29 @@ DEVICE f16 to_half(float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
   return y;
 }
+// Two neighbours to half the bits, the first in the lower half; e4m3 saturates. An architecture
+// that has no such numbers is never asked for them (formats.py), and stops where it is.
+DEVICE unsigned packed(bf16, float low, float high) {
+#if SAMP_SM >= 80
+  unsigned y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  __trap();
+  return 0;
+#endif
+}
+DEVICE unsigned packed(e4m3, float low, float high) {
+#if SAMP_SM >= 89
+  unsigned short y;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(y) : "f"(high), "f"(low));
+  return y;
+#else
+  __trap();
+  return 0;
+#endif
+}
+DEVICE float float_of_bits(unsigned bits) { return __uint_as_float(bits); }
 DEVICE float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -91,6 +145,38 @@ inline f16 to_half(float x) {
   std::memcpy(&y.bits, &half, 2);
   return y;
 }
+inline float float_of_bits(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline unsigned bits_of_bf16(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+// Half to even in steps of an eighth of the power of two, of 2^-6 below it.
+inline unsigned bits_of_e4m3(float x) {
+  if (std::isnan(x)) return 0x7F;
+  const float size = std::fmin(std::fabs(x), 448.0f);
+  const int exponent = size < 0.015625f ? -6 : std::ilogb(size);
+  const int steps = static_cast<int>(std::lrintf(std::ldexp(size, 3 - exponent)));
+  return (exponent + 7) * 8 + steps - 8 | (std::signbit(x) ? 0x80 : 0);
+}
+inline float to_float(e4m3 x) {
+  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
+  if ((x.bits & 127) == 127) return NAN;
+  const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : mantissa / 512.0f;
+  return x.bits & 128 ? -size : size;
+}
+inline unsigned packed(bf16, float low, float high) {
+  if (SAMP_SM < 80) emulated::fail("bf16 before sm_80");
+  return bits_of_bf16(low) | bits_of_bf16(high) << 16;
+}
+inline unsigned packed(e4m3, float low, float high) {
+  if (SAMP_SM < 89) emulated::fail("e4m3 before sm_89");
+  return bits_of_e4m3(low) | bits_of_e4m3(high) << 8;
+}
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float infinity() { return INFINITY; }
 
@@ -124,9 +210,10 @@ inline void wait_copies() {
 
 #endif
 
-DEVICE unsigned pack_halves(float low, float high) {
+DEVICE unsigned packed(f16, float low, float high) {
   return to_half(low).bits | static_cast<unsigned>(to_half(high).bits) << 16;
 }
+DEVICE float to_float(bf16 x) { return float_of_bits(static_cast<unsigned>(x.bits) << 16); }
 
 // round half to even, within 127 on both sides
 DEVICE int quantized(float x, float inverse_scale) {
@@ -137,20 +224,35 @@ DEVICE unsigned pack_bytes(int a, int b, int c, int d) {
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | static_cast<unsigned>(d & 255) << 24;
 }
 
-DEVICE unsigned quantized4(float4 v, float inverse_scale) {
-  return pack_bytes(quantized(v.x, inverse_scale), quantized(v.y, inverse_scale),
-                    quantized(v.z, inverse_scale), quantized(v.w, inverse_scale));
+// Two neighbours over their scale, to int8 or e4m3.
+DEVICE unsigned short quantized2(int kind, float x, float y, float inverse_scale) {
+  if (kind == E4M3)
+    return static_cast<unsigned short>(packed(e4m3(), x * inverse_scale, y * inverse_scale));
+  return static_cast<unsigned short>(
+      pack_bytes(quantized(x, inverse_scale), quantized(y, inverse_scale), 0, 0));
+}
+DEVICE unsigned quantized4(int kind, float4 v, float inverse_scale) {
+  return quantized2(kind, v.x, v.y, inverse_scale) |
+         static_cast<unsigned>(quantized2(kind, v.z, v.w, inverse_scale)) << 16;
 }
 
-// Four neighbours of an fp32 or fp16 array; `at` is a multiple of 4.
+DEVICE bool is_quantized(int kind) { return kind == S8 || kind == E4M3; }
+
+DEVICE float float_of_half(int kind, int bits) {
+  const auto half = static_cast<unsigned short>(bits);
+  return kind == BF16 ? to_float(bf16{half}) : to_float(f16{half});
+}
+DEVICE unsigned packed_as(int kind, float low, float high) {
+  return kind == BF16 ? packed(bf16(), low, high) : packed(f16(), low, high);
+}
+
+// Four neighbours of an fp32, fp16 or bf16 array; `at` is a multiple of 4.
 DEVICE float4 load4(const void* x, int kind, size_t at) {
   if (kind == F32) return *reinterpret_cast<const float4*>(static_cast<const float*>(x) + at);
   const int2 pairs = *reinterpret_cast<const int2*>(static_cast<const f16*>(x) + at);
   float4 y;
-  y.x = to_float(f16{static_cast<unsigned short>(pairs.x)});
-  y.y = to_float(f16{static_cast<unsigned short>(pairs.x >> 16)});
-  y.z = to_float(f16{static_cast<unsigned short>(pairs.y)});
-  y.w = to_float(f16{static_cast<unsigned short>(pairs.y >> 16)});
+  y.x = float_of_half(kind, pairs.x), y.y = float_of_half(kind, pairs.x >> 16);
+  y.z = float_of_half(kind, pairs.y), y.w = float_of_half(kind, pairs.y >> 16);
   return y;
 }
 DEVICE void store4(void* to, int kind, size_t at, float4 v) {
@@ -158,7 +260,7 @@ DEVICE void store4(void* to, int kind, size_t at, float4 v) {
     *reinterpret_cast<float4*>(static_cast<float*>(to) + at) = v;
   } else {
     int2 pairs;
-    pairs.x = pack_halves(v.x, v.y), pairs.y = pack_halves(v.z, v.w);
+    pairs.x = packed_as(kind, v.x, v.y), pairs.y = packed_as(kind, v.z, v.w);
     *reinterpret_cast<int2*>(static_cast<f16*>(to) + at) = pairs;
   }
 }

@@ -1,5 +1,6 @@
 // What every GEMM does with its sums: row scale, column scale, bias, activation, residual, and then
-// to fp32, fp16 or int8. One chain for all precisions; the choices are the same for a whole launch.
+// to fp32, fp16, bf16, int8 or e4m3. One chain for all precisions; the choices are the same for a
+// whole launch.
 #pragma once
 
 #include "copy.cuh"
@@ -16,7 +17,7 @@ struct Epilogue {
   int residual_ld, residual_kind;
   void* out;  // [rows, width]
   int out_ld, out_kind;
-  float inverse_scale;  // of an int8 output
+  float inverse_scale;  // of an int8 or e4m3 output
   int rows, width;      // width: a multiple of 16; columns that pad the weight come out as act(0)
 };
 
@@ -49,9 +50,9 @@ DEVICE void finish(const Epilogue& to, int row, int column, float4 y) {
     y.x += rest.x, y.y += rest.y, y.z += rest.z, y.w += rest.w;
   }
   const size_t at = static_cast<size_t>(row) * to.out_ld + column;
-  if (to.out_kind == S8)
+  if (is_quantized(to.out_kind))
     *reinterpret_cast<unsigned*>(static_cast<signed char*>(to.out) + at) =
-        quantized4(y, to.inverse_scale);
+        quantized4(to.out_kind, y, to.inverse_scale);
   else
     store4(to.out, to.out_kind, at, y);
 }

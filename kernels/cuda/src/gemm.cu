@@ -1,20 +1,18 @@
-// y = epilogue(x W^T): x [rows, k], W [width, k], both int8 or both fp16, on the tensor cores.
+// y = epilogue(x W^T): x [rows, k], W [width, k], both int8, fp16, bf16 or e4m3, on the tensor
+// cores.
 //
-// A block owns TILE_M x TILE_N of y. k runs in slices of 128 bytes, the same for both types: a
+// A block owns TILE_M x TILE_N of y. k runs in slices of 128 bytes, the same for all types: a
 // slice of a row is eight 16-byte chunks, and chunk c of row r lies at c ^ (r % 8), so that the
 // eight rows that one ldmatrix reads at the same chunk fill all 32 banks. STAGES slices are in
 // flight. The sums of an element run over k in one order whatever the tile, so a row of y does not
 // depend on how many rows there are; only int8, whose sums are exact, may split k over blocks.
 //
-// Unit: INT8 (0 or 1), TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SAMP_SM.
+// Unit: ELEMENT (S8, F16, BF16, E4M3), TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SAMP_SM.
 #include "epilogue.cuh"
 #include "mma.cuh"
 
-#if INT8
-typedef int Sum;
-#else
-typedef float Sum;
-#endif
+typedef Of<ELEMENT>::Element Element;
+typedef Of<ELEMENT>::Sum Sum;
 
 struct alignas(8) Pair {
   Sum x, y;
@@ -22,7 +20,10 @@ struct alignas(8) Pair {
 
 constexpr int SLICE = 128;
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
-constexpr int BLOCKS = SAMP_SM >= 80 ? 512 / THREADS : 1;  // of one multiprocessor, at least
+// sm_90 multiplies e4m3 as fp16 here, and needs registers to convert it (its own way: wgmma).
+constexpr bool CONVERTS = ELEMENT == E4M3 && SAMP_SM == 90;
+// Of one multiprocessor, at least.
+constexpr int BLOCKS = SAMP_SM >= 80 && !CONVERTS ? 512 / THREADS : 1;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * SLICE;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 constexpr int MS = WARP_M / 16, NS = WARP_N / 8;
@@ -108,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int i = 0; i < MS; ++i)
 #pragma unroll
-        for (int j = 0; j < NS; ++j) mma(sums[i][j], a[i], b[j]);
+        for (int j = 0; j < NS; ++j) mma(Element(), sums[i][j], a[i], b[j]);
     }
   }
   wait_copies<0>();
@@ -129,8 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
     }
   __syncthreads();
-#if INT8
-  if (splits > 1) {
+  if (ELEMENT == S8 && splits > 1) {
     // Whoever comes last adds what all have left. int32: the order does not matter.
     for (int i = threadIdx.x * 4; i < TILE_M * TILE_N; i += THREADS * 4) {
       const int row = i / TILE_N, column = i % TILE_N;
@@ -165,7 +165,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     }
     __syncthreads();
   }
-#endif
 
   const Epilogue to{row_scale,     column_scale,  bias,          activation, residual,
                     residual_rows, residual_ld,   residual_kind, out,        out_ld,

@@ -1,11 +1,12 @@
 // Warp matrix products and the loads that feed them. One of the two files with PTX; every function
 // here has a twin for cuda_on_cpu.h.
 //
-// Fragments are those of mma.sync m16n8k32 (s8) and m16n8k16 (f16). In bytes both are the same:
+// Fragments are those of mma.sync m16n8k32 (s8, e4m3) and m16n8k16 (f16, bf16), in bytes the same:
 // with g = lane / 4 and t = lane % 4, an A tile of 16 rows x 32 bytes lies as a[0]: row g, bytes
 // 4t..4t+3; a[1]: row g + 8; a[2], a[3]: the same rows, 16 bytes on. b[0], b[1]: the same of row g
 // of B (8 rows x 32 bytes). c[0], c[1]: row g, columns 2t, 2t + 1; c[2], c[3]: row g + 8.
-// sm_75 has m8n8k16 and m16n8k8 only: four and two of them give the same fragments.
+// sm_75 has m8n8k16 and m16n8k8 only: four and two of them give the same fragments. bf16 begins
+// with sm_80, e4m3 with sm_89. The first argument says what the words hold.
 #pragma once
 
 #include "copy.cuh"
@@ -13,20 +14,19 @@
 #ifndef SAMP_EMULATED
 
 #if SAMP_SM >= 80
-DEVICE void mma(int (&c)[4], const unsigned (&a)[4], const unsigned* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define SAMP_MMA(element, sum, reg, name)                                                          \
+  DEVICE void mma(element, sum(&c)[4], const unsigned (&a)[4], const unsigned* b) {                \
+    asm volatile("mma.sync.aligned." name " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+                 : "+" reg(c[0]), "+" reg(c[1]), "+" reg(c[2]), "+" reg(c[3])                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));              \
+  }
+SAMP_MMA(signed char, int, "r", "m16n8k32.row.col.s32.s8.s8.s32")
+SAMP_MMA(f16, float, "f", "m16n8k16.row.col.f32.f16.f16.f32")
+SAMP_MMA(bf16, float, "f", "m16n8k16.row.col.f32.bf16.bf16.f32")
+#if SAMP_SM >= 89
+SAMP_MMA(e4m3, float, "f", "m16n8k32.row.col.f32.e4m3.e4m3.f32")
+#endif
+#undef SAMP_MMA
 #else
 DEVICE void mma_s8_m8n8k16(int* c, unsigned a, unsigned b) {
   asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
@@ -68,8 +68,12 @@ static void multiply(Sum** c, const unsigned** a, const unsigned** b) {
   constexpr int CHUNKS = DEPTH / EACH / 4;   // registers of a lane along the depth
   static Sum left[ROWS][DEPTH], right[8][DEPTH];
   auto value = [](unsigned word, int i) -> Sum {
-    if constexpr (sizeof(Element) == 1) return static_cast<signed char>(word >> (8 * i));
-    return to_float(f16{static_cast<unsigned short>(word >> (16 * i))});
+    if constexpr (std::is_same_v<Element, signed char>)
+      return static_cast<signed char>(word >> (8 * i));
+    else if constexpr (sizeof(Element) == 1)
+      return to_float(Element{static_cast<unsigned char>(word >> (8 * i))});
+    else
+      return to_float(Element{static_cast<unsigned short>(word >> (16 * i))});
   };
   for (int l = 0; l < 32; ++l) {
     const int g = l / 4, t = l % 4;
@@ -138,12 +142,20 @@ inline void load_tiles_transposed(unsigned (&r)[4], const void* row) {
   emulated::load_tiles(r, row, true);
 }
 #if SAMP_SM >= 80
-inline void mma(int (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+inline void mma(signed char, int (&c)[4], const unsigned (&a)[4], const unsigned* b) {
   emulated::warp_product<int, signed char, 16, 32>(c, a, b);
 }
-inline void mma(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+inline void mma(f16, float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
   emulated::warp_product<float, f16, 16, 16>(c, a, b);
 }
+inline void mma(bf16, float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+  emulated::warp_product<float, bf16, 16, 16>(c, a, b);
+}
+#if SAMP_SM >= 89
+inline void mma(e4m3, float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+  emulated::warp_product<float, e4m3, 16, 32>(c, a, b);
+}
+#endif
 #else
 inline void mma_s8_m8n8k16(int* c, unsigned a, unsigned b) {
   emulated::warp_product<int, signed char, 8, 16>(c, &a, &b);
@@ -157,14 +169,14 @@ inline void mma_f16_m16n8k8(float (&c)[4], unsigned a0, unsigned a1, unsigned b)
 #endif
 
 #if SAMP_SM < 80
-DEVICE void mma(int (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+DEVICE void mma(signed char, int (&c)[4], const unsigned (&a)[4], const unsigned* b) {
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int chunk = 0; chunk < 2; ++chunk)
       mma_s8_m8n8k16(c + 2 * half, a[2 * chunk + half], b[chunk]);
 }
-DEVICE void mma(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+DEVICE void mma(f16, float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
   mma_f16_m16n8k8(c, a[0], a[1], b[0]);
   mma_f16_m16n8k8(c, a[2], a[3], b[1]);
 }

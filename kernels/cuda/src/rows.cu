@@ -29,13 +29,15 @@ DEVICE float reduce(float x, float* room) {
   return x;
 }
 
-// Where a row goes: floats, a copy in fp16, and its quantized form with one static scale or, in
-// `token_scale`, a scale of its own; each where its pointer is not null.
+// Where a row goes: floats, a copy in fp16 or bf16, and its quantized form (int8 or e4m3) with one
+// static scale or, in `token_scale`, a scale of its own; each where its pointer is not null.
 struct Target {
   void* floats;
   int floats_kind;
   void* halves;
+  int halves_kind;
   signed char* integers;
+  int integers_kind;
   float inverse_scale;
   float* token_scale;
   int ld;
@@ -48,7 +50,8 @@ DEVICE void write_row(const float* values, int width, size_t row, const Target& 
     float largest = 0.0f;
     for (int i = threadIdx.x; i < width; i += THREADS)
       largest = Largest::join(largest, fabsf(values[i]));
-    const float scale = fmaxf(reduce<Largest>(largest, room), 1e-30f) / 127.0f;
+    const float scale = fmaxf(reduce<Largest>(largest, room), 1e-30f) /
+                        (to.integers_kind == E4M3 ? 448.0f : 127.0f);
     inverse = 1.0f / scale;
     if (threadIdx.x == 0) to.token_scale[row] = scale;
   }
@@ -58,8 +61,9 @@ DEVICE void write_row(const float* values, int width, size_t row, const Target& 
     v.z = i + 2 < width ? values[i + 2] : 0.0f, v.w = i + 3 < width ? values[i + 3] : 0.0f;
     const size_t at = row * to.ld + i;
     if (to.floats) store4(to.floats, to.floats_kind, at, v);
-    if (to.halves) store4(to.halves, F16, at, v);
-    if (to.integers) *reinterpret_cast<unsigned*>(to.integers + at) = quantized4(v, inverse);
+    if (to.halves) store4(to.halves, to.halves_kind, at, v);
+    if (to.integers)
+      *reinterpret_cast<unsigned*>(to.integers + at) = quantized4(to.integers_kind, v, inverse);
   }
 }
 
@@ -83,8 +87,8 @@ DEVICE void normalize(float* values, int width, const float* gamma, const float*
 extern "C" __global__ void __launch_bounds__(THREADS)
     layernorm(const void* x, int x_kind, int x_ld, const void* residual, int residual_kind,
               int residual_ld, const float* gamma, const float* beta, float eps, int width,
-              void* floats, int floats_kind, void* halves, signed char* integers,
-              float inverse_scale, float* token_scale, int out_ld) {
+              void* floats, int floats_kind, void* halves, int halves_kind, signed char* integers,
+              int integers_kind, float inverse_scale, float* token_scale, int out_ld) {
   SAMP_SHARED(shared);
   float* room = reinterpret_cast<float*>(shared);
   float* values = room + 32;
@@ -99,7 +103,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   normalize(values, width, gamma, beta, eps, room);
-  const Target to{floats, floats_kind, halves, integers, inverse_scale, token_scale, out_ld};
+  const Target to{floats,        floats_kind,   halves,      halves_kind, integers,
+                  integers_kind, inverse_scale, token_scale, out_ld};
   write_row(values, width, row, to, room);
 }
 SAMP_KERNEL(layernorm)
@@ -109,7 +114,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     embed(const int* ids, const int* kinds, const int* places, const float* word,
           const float* position, const float* type, int table_ld, const float* gamma,
           const float* beta, float eps, int width, void* floats, int floats_kind, void* halves,
-          signed char* integers, float inverse_scale, float* token_scale, int out_ld) {
+          int halves_kind, signed char* integers, int integers_kind, float inverse_scale,
+          float* token_scale, int out_ld) {
   SAMP_SHARED(shared);
   float* room = reinterpret_cast<float*>(shared);
   float* values = room + 32;
@@ -126,16 +132,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   normalize(values, width, gamma, beta, eps, room);
-  const Target to{floats, floats_kind, halves, integers, inverse_scale, token_scale, out_ld};
+  const Target to{floats,        floats_kind,   halves,      halves_kind, integers,
+                  integers_kind, inverse_scale, token_scale, out_ld};
   write_row(values, width, row, to, room);
 }
 SAMP_KERNEL(embed)
 
-// A float array to another kind: fp32, fp16, or int8 with a static scale or one a token.
+// A float array to another kind; int8 and e4m3 with a static scale or one a token.
 extern "C" __global__ void __launch_bounds__(THREADS)
     convert(const void* x, int x_kind, int x_ld, int width, void* floats, int floats_kind,
-            void* halves, signed char* integers, float inverse_scale, float* token_scale,
-            int out_ld) {
+            void* halves, int halves_kind, signed char* integers, int integers_kind,
+            float inverse_scale, float* token_scale, int out_ld) {
   SAMP_SHARED(shared);
   float* room = reinterpret_cast<float*>(shared);
   float* values = room + 32;
@@ -143,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = threadIdx.x * 4; i < width; i += THREADS * 4)
     *reinterpret_cast<float4*>(values + i) = load4(x, x_kind, row * x_ld + i);
   __syncthreads();
-  const Target to{floats, floats_kind, halves, integers, inverse_scale, token_scale, out_ld};
+  const Target to{floats,        floats_kind,   halves,      halves_kind, integers,
+                  integers_kind, inverse_scale, token_scale, out_ld};
   write_row(values, width, row, to, room);
 }
 SAMP_KERNEL(convert)
