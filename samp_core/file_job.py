@@ -165,7 +165,7 @@ class Job:
         if self._done:
             return
         part = _beside(self.out, "part")
-        rows = islice(questions.rows_of(self.source.path), self.rows, None)
+        rows = questions.rows_of(self.source.path, self.rows)
         plan = ((index, None, row) for index, row in enumerate(rows, self.rows))
         await self._write(part, plan, stream, progress)
         self._finish(part)

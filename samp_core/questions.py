@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ def chunks(values: Iterator[Text], size: int) -> Iterator[tuple[int, list[Text]]
         yield start, chunk
 
 
-def rows_of(path: Path) -> Iterator[Text | SampError]:
+def rows_of(path: Path, skip: int = 0) -> Iterator[Text | SampError]:
     """The rows of a jsonl, csv or tsv file of any length, one at a time, or what is wrong there.
 
+    The first `skip` rows are passed over, of jsonl without reading what they hold.
     Raises only what concerns the whole file: no such file, no column `text`, quotes that never
     end. Blank lines are no rows, as in rows.read_rows.
     """
@@ -71,9 +73,9 @@ def rows_of(path: Path) -> Iterator[Text | SampError]:
         )  # fmt: skip
     try:
         if ending == ".jsonl":
-            yield from _json_rows(path)
+            yield from _json_rows(path, skip)
         else:
-            yield from _table_rows(path, "," if ending == ".csv" else "\t")
+            yield from islice(_table_rows(path, "," if ending == ".csv" else "\t"), skip, None)
     except OSError as error:
         raise SampError(
             "data_file", f"{path}: {error.strerror}", "a file of rows", "check the path"
@@ -91,10 +93,13 @@ def count_rows(path: Path) -> int:
 _BLANK = b" \t\r\n\x0b\x0c\xef\xbb\xbf"
 
 
-def _json_rows(path: Path) -> Iterator[Text | SampError]:
+def _json_rows(path: Path, skip: int) -> Iterator[Text | SampError]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip(_BLANK):
+                continue
+            if skip:
+                skip -= 1
                 continue
             place = f"{path}:{number}"
             try:
