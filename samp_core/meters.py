@@ -18,7 +18,7 @@ FLUSH_S = 1.0
 TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16384)
 FAMILIES = {
     "samp_texts_total": "Texts (rows, or pairs) that a tier's encoder ran",
-    "samp_tokens_total": "Tokens that a tier's encoder ran, specials included",
+    "samp_tokens_total": "Tokens that a tier's encoder ran: specials and windows' overlaps, too",
     "samp_padded_tokens_total": "Tokens it would have run with rows padded to the batch's longest",
     "samp_truncated_total": "Texts that were cut to the model's length, of all tiers",
     "samp_refused_total": "Requests that a model refused, by reason",
@@ -60,15 +60,15 @@ class Meters:
         with self._lock:
             self._pending[key] = self._pending.get(key, 0.0) + value
 
-    def batch(self, rows: int, tokens: int, longest: int) -> None:
-        """What one batch of an encoder held."""
+    def batch(self, rows: int, tokens: int, padded: int) -> None:
+        """What one batch of an encoder held; padded: its tokens as a rectangle."""
         bound = self._bounds[bisect.bisect_left(TOKEN_BUCKETS, tokens)]
         with self._lock:
             pending = self._pending
             for key, value in (
                 (("samp_texts_total", ()), rows),
                 (("samp_tokens_total", ()), tokens),
-                (("samp_padded_tokens_total", ()), rows * longest),
+                (("samp_padded_tokens_total", ()), padded),
                 (("samp_batch_tokens_sum", ()), tokens),
                 (("samp_batch_tokens_count", ()), 1),
                 (("samp_batch_tokens_bucket", bound), 1),

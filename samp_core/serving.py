@@ -166,8 +166,10 @@ class Encoder:
         ]
         features = iter(self._encode(good) if good else [])
         if self.meters is not None and good:
-            lengths = np.concatenate([inputs[2] for inputs in good])
-            self.meters.batch(len(lengths), int(lengths.sum()), int(lengths.max()))
+            lengths = [n for inputs in good for n in inputs[2][:, 0].tolist()]
+            windows = self.windows
+            ran = lengths if windows is None else [w for n in lengths for w in windows.lengths(n)]
+            self.meters.batch(len(lengths), sum(ran), len(ran) * max(ran))
         return [
             error if isinstance(error, RequestError) else {self._name: next(features)}
             for error in checked

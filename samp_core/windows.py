@@ -49,6 +49,10 @@ class Windows:
             places.append((start, min(start + self.length - 2, last)))
         return places
 
+    def lengths(self, tokens: int) -> list[int]:
+        """Tokens of each window of a row of so many, its specials included."""
+        return [end - start + 2 for start, end in self.places(tokens)]
+
     def cut(self, row: Array) -> list[Array]:
         """A row [L] as windows: the specials at its ends stand around each part."""
         if len(row) <= self.length:
