@@ -24,11 +24,12 @@ _NOT_FOUND = {"NOT_FOUND", "404"}
 _TIMED_OUT = {"DEADLINE_EXCEEDED", "CANCELLED", "408", "499", "504"}
 _AWAY = {"UNAVAILABLE", "502", "503"}
 _TOO_LARGE = {"RESOURCE_EXHAUSTED", "413"}
-# Words that are only said before a request is begun: by Triton of a full queue, of a model that
-# loads, of its own end; by gRPC of a connection that was never made. "Socket closed" is not one.
+# Words that are only said before a request is begun: by us or Triton of a full queue, by Triton of
+# a model that loads, of its own end; by gRPC of a connection that was never made. "Socket closed"
+# is not one.
 _UNSENT = re.compile(
-    r"maximum queue size|is not ready|stopped accepting|server is stopping|server exiting|"
-    r"failed to connect|connection refused|resolution failed|cannot resolve",
+    r"maximum queue size|overloaded: |is not ready|stopped accepting|server is stopping|"
+    r"server exiting|failed to connect|connection refused|resolution failed|cannot resolve",
     re.IGNORECASE,
 )
 # Comes again with every attempt.

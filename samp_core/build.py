@@ -367,6 +367,7 @@ def write(
         threads=config.threads,
         pair=bench.task.pair,
         output=bench.head.encoder_output,
+        queue_s=config.queue_s,
     )
 
 

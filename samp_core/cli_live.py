@@ -28,6 +28,10 @@ def serve(
     grpc_port: Annotated[int, typer.Option(help="0: any free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(help="0: any free one.")] = 8002,
     threads: Annotated[int | None, typer.Option(help="Encoder threads.")] = None,
+    queue_s: Annotated[
+        float | None,
+        typer.Option(help="Most seconds of work that may wait for a tier; default: the build's."),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Load a folder's new build when it becomes current.")
     ] = False,
@@ -42,7 +46,10 @@ def serve(
     from samp_core import show
     from samp_core.serve_loop import serve_forever
     from samp_core.server import Server
+    from samp_core.stage import Layout
 
+    if queue_s is not None and not 0 < queue_s < float("inf"):
+        raise UsageError("usage", f"--queue-s {queue_s:g}", "seconds above 0", "correct it")
     end = next((i for i, word in enumerate(folders) if word.startswith("-")), len(folders))
     options = folders[end:]
     if otlp is not None:
@@ -61,6 +68,7 @@ def serve(
         log=log,
         threads=threads,
         options=options,
+        layout=Layout(queue_s=queue_s),
     )
 
     def ready() -> None:

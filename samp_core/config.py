@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from samp_core.errors import UsageError
+from samp_core.model_config import QUEUE_S
 from samp_core.tasks import TaskName
 
 NAME = re.compile(r"[a-z0-9-]+")
@@ -100,6 +101,8 @@ class BuildConfig(_Strict):
     )
     mix_texts: Path | None = None
     """`mix: FILE` in the YAML: the mix is read from a sample of texts, see mix.py."""
+    queue_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = QUEUE_S
+    """The most seconds of work that may wait for a tier of the server."""
     seed: int = 0
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
 

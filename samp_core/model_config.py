@@ -13,8 +13,15 @@ from typing import Any
 from samp_core.errors import SampError
 
 MAX_BATCH = 64
-# Requests waiting for one model before further ones are refused: about a second of work.
+# Requests waiting for one model before Triton itself refuses further ones.
 MAX_QUEUE = 1024
+# Seconds of work that may wait for a tier before further requests are refused (admission.py), and
+# how many times as long Triton lets one wait that got in all the same: then it is refused, too.
+QUEUE_S = 1.0
+HARD_LIMIT = 30
+# A tier's ensemble asks the tokenizer for `LENGTHS_<tier>`, which is LENGTHS: it has no other way
+# to tell its steps who they work for.
+OF_TIER = "LENGTHS_"
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class ModelConfig:
     max_batch_size: int = MAX_BATCH
     queue_delay_us: int = 0
     max_queue: int = MAX_QUEUE
+    queue_s: float = QUEUE_S
     gpu: bool = False
 
     def to_pbtxt(self) -> str:
@@ -93,7 +101,15 @@ class ModelConfig:
         policy.max_queue_size = self.max_queue
         policy.timeout_action = pb.ModelQueuePolicy.REJECT
         policy.allow_timeout_override = True
+        set_queue_s(message, self.queue_s)
         return message
+
+
+def set_queue_s(message: Any, queue_s: float) -> None:
+    """The bound of the queues, in a Python model's config."""
+    message.parameters["queue_s"].string_value = f"{queue_s:g}"
+    policy = message.dynamic_batching.default_queue_policy
+    policy.default_timeout_microseconds = round(1e6 * HARD_LIMIT * queue_s)
 
 
 def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
@@ -118,7 +134,7 @@ def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
         name=message.name,
         inputs=tensors(message.input),
         outputs=tensors(message.output),
-        parameters={key: entry.string_value for key, entry in message.parameters.items()},
+        parameters={k: v.string_value for k, v in message.parameters.items() if k != "queue_s"},
         steps=tuple(
             Step(s.model_name, dict(s.input_map), dict(s.output_map))
             for s in message.ensemble_scheduling.step
@@ -126,6 +142,7 @@ def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
         max_batch_size=message.max_batch_size,
         queue_delay_us=batching.max_queue_delay_microseconds,
         max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
+        queue_s=float(message.parameters["queue_s"].string_value or QUEUE_S),
         gpu=any(group.kind == pb.ModelInstanceGroup.KIND_GPU for group in message.instance_group),
     )
 
@@ -136,18 +153,25 @@ def tokenizer_config(
     max_length: int,
     pair: bool = False,
     places: bool = False,
+    tiers: Sequence[str] = (),
     queue_delay_us: int = 0,
+    queue_s: float = QUEUE_S,
 ) -> ModelConfig:
     """TEXT, for pairs TEXT_PAIR -> IDS, TYPES `[b, longest row]`, LENGTHS, TRUNCATED `[b, 1]`.
 
-    places: also OFFSETS and WORD_IDS, which token heads need.
+    places: also OFFSETS and WORD_IDS, which token heads need. tiers: whose queues it guards.
     """
     return ModelConfig(
         name=f"tokenizer_{model}",
         inputs=(TEXT, TEXT_PAIR) if pair else (TEXT,),
-        outputs=(IDS, TYPES, LENGTHS, TRUNCATED, *((OFFSETS, WORD_IDS) if places else ())),
+        outputs=(
+            *(IDS, TYPES, LENGTHS, TRUNCATED),
+            *((OFFSETS, WORD_IDS) if places else ()),
+            *(TensorConfig(OF_TIER + tier, "INT32", (1,)) for tier in tiers),
+        ),
         parameters={"max_length": str(max_length)},
         queue_delay_us=queue_delay_us,
+        queue_s=queue_s,
     )
 
 
@@ -163,6 +187,7 @@ def encoder_config(
     queue_delay_us: int = 0,
     plan: str = "",
     gpu: bool = False,
+    queue_s: float = QUEUE_S,
 ) -> ModelConfig:
     """IDS, TYPES, LENGTHS -> the feature that the head reads; `output` is the session's kind.
 
@@ -183,6 +208,7 @@ def encoder_config(
             **({"plan": plan} if plan else {}),
         },
         queue_delay_us=queue_delay_us,
+        queue_s=queue_s,
         gpu=gpu,
     )
 
@@ -195,6 +221,7 @@ def head_config(
     outputs: Sequence[TensorConfig],
     labels: Sequence[str],
     queue_delay_us: int = 0,
+    queue_s: float = QUEUE_S,
 ) -> ModelConfig:
     """The feature -> the task's outputs; `labels` (JSON) are in the order of SCORES."""
     return ModelConfig(
@@ -203,6 +230,7 @@ def head_config(
         outputs=tuple(outputs),
         parameters={"head": head, "labels": json.dumps(list(labels), ensure_ascii=False)},
         queue_delay_us=queue_delay_us,
+        queue_s=queue_s,
     )
 
 
@@ -223,6 +251,11 @@ def ensemble_config(
     def same(tensors: Sequence[TensorConfig]) -> dict[str, str]:
         return {tensor.name: tensor.name for tensor in tensors}
 
+    asked = same(tokenizer.outputs)
+    if OF_TIER + tier in asked:
+        del asked[LENGTHS.name]
+        asked = {n: n for n in asked if not n.startswith(OF_TIER)} | {OF_TIER + tier: LENGTHS.name}
+
     return ModelConfig(
         name=f"{model}_{tier}",
         inputs=tokenizer.inputs,
@@ -232,9 +265,10 @@ def ensemble_config(
             "tier": tier,
             **({} if promise is None else {"promise_points": f"{promise:g}"}),
         },
-        steps=tuple(
-            Step(part.name, same(part.inputs), same(part.outputs))
-            for part in (tokenizer, encoder, head)
+        steps=(
+            Step(tokenizer.name, same(tokenizer.inputs), asked),
+            Step(encoder.name, same(encoder.inputs), same(encoder.outputs)),
+            Step(head.name, same(head.inputs), same(head.outputs)),
         ),
     )
 

@@ -113,10 +113,12 @@ def write_build(
     threads: int,
     pair: bool = False,
     output: OutputKind | None = None,
+    queue_s: float = model_config.QUEUE_S,
 ) -> Path:
     """Write a whole build, make it the current one, and return its folder.
 
-    output: the encoder's, where the head leaves a choice. The caller holds `build_lock`. The name
+    output: the encoder's, where the head leaves a choice. queue_s: the most seconds of work that
+    may wait for a tier. The caller holds `build_lock`. The name
     is a hash of what is served: the same content written again is the same build, and only
     `current` and build.json change. Raises UsageError on names.
     """
@@ -132,8 +134,9 @@ def write_build(
     if output is not None:
         spec = dataclasses.replace(spec, encoder_output=output)
     tokenizer = model_config.tokenizer_config(
-        model, max_length=max_length, pair=pair, places=spec.rows is not None
-    )
+        model, max_length=max_length, pair=pair, places=spec.rows is not None,
+        tiers=list(tiers), queue_s=queue_s,
+    )  # fmt: skip
     with _version_folder(models, tokenizer, "tokenizer") as folder:
         text.save(folder)
     feature = _feature(spec, encoder_config, len(labels))
@@ -143,7 +146,7 @@ def write_build(
         for t in spec.outputs
     ]
     served_head = model_config.head_config(
-        model, head=head, feature=feature, outputs=outputs, labels=labels
+        model, head=head, feature=feature, outputs=outputs, labels=labels, queue_s=queue_s
     )
     with _version_folder(models, served_head, "head") as folder:
         shutil.copyfile(heads.source_file(head), folder / "head.py")
@@ -158,6 +161,7 @@ def write_build(
             threads=threads,
             plan=tier.plan.summary(),
             gpu=tier.plan.backend == "cuda",
+            queue_s=queue_s,
             windows="" if text.windows is None else json.dumps(dataclasses.asdict(text.windows)),
         )
         with _version_folder(models, encoder, "encoder") as folder:

@@ -10,17 +10,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from samp_kernels.interface import F32, Array, EncoderConfig, OutputKind, Session, pack_batch
 
+from samp_core import admission
 from samp_core.manifest import check_folder
+from samp_core.model_config import OF_TIER
 from samp_core.windows import Windows
 
 if TYPE_CHECKING:
+    from samp_core.admission import Gate, Progress
     from samp_core.heads import Head
     from samp_core.meters import Meters
     from samp_core.rows import Text
@@ -40,7 +43,19 @@ class RequestError(Exception):
 
     def __init__(self, given: str, allowed: str, reason: str = "shape") -> None:
         super().__init__(f"{given}; allowed: {allowed}")
-        self.reason = reason
+        self.labels: tuple[tuple[str, str], ...] = (("reason", reason),)
+
+
+class Overloaded(RequestError):
+    """The request may be right: there is too much work before it."""
+
+    def __init__(self, tier: str, waits_s: float, limit_s: float) -> None:
+        super().__init__(
+            f"overloaded: {waits_s:.2g} s of work wait in the queue of tier {tier}",
+            f"{limit_s:g} s; send again later, or less at once",
+            "overloaded",
+        )
+        self.labels = (("reason", "overloaded"), ("tier", tier))
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,7 @@ class Tokenizer:
     inputs: tuple[str, ...] = ("TEXT",)
     places: bool = False
     meters: Meters | None = None
+    gates: Mapping[str, Gate] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path, args: Mapping[str, str], meters: Meters | None = None) -> Tokenizer:
@@ -62,7 +78,25 @@ class Tokenizer:
         check_folder(folder)
         outputs = tensor_names(args, "output")
         inputs = tensor_names(args, "input")
-        return cls(TextEncoder.load(folder), inputs, "OFFSETS" in outputs, meters)
+        gates = admission.gates(args, outputs)
+        return cls(TextEncoder.load(folder), inputs, "OFFSETS" in outputs, meters, gates)
+
+    def admit(self, backend: Any, request: Any) -> Overloaded | str | None:
+        """The name that the request's tier has for LENGTHS; None: not called by a tier.
+
+        What would wait too long for that tier's encoder is refused, before its text is looked at.
+        """
+        asked = request.requested_output_names() if self.gates else ()
+        if "LENGTHS" in asked:
+            return None
+        for name in asked:
+            if gate := self.gates.get(name):
+                text = backend.get_input_tensor_by_name(request, self.inputs[0])
+                waits_s = gate.admit(text.shape()[0])
+                if waits_s is not None:
+                    return Overloaded(name.removeprefix(OF_TIER), waits_s, gate.limit_s)
+                return str(name)
+        return None
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All texts of all requests in one call of the tokenizer."""
@@ -116,6 +150,7 @@ class Encoder:
     log: Callable[[str], None] | None = None
     windows: Windows | None = None
     meters: Meters | None = None
+    progress: Progress | None = None
 
     @classmethod
     def load(
@@ -124,6 +159,7 @@ class Encoder:
         parameters: Mapping[str, str],
         log: Callable[[str], None] | None = None,
         meters: Meters | None = None,
+        progress: Progress | None = None,
     ) -> Encoder:
         """Check the files, prepare the plan's backend, run the warm-up.
 
@@ -138,7 +174,7 @@ class Encoder:
         session = load_session(folder, threads=threads)
         log = log if os.environ.get("SAMP_LOG_BATCHES") else None
         windows = Windows(**json.loads(parameters["windows"])) if "windows" in parameters else None
-        model = cls(session, config, output, log, windows, meters)
+        model = cls(session, config, output, log, windows, meters, progress)
         for rows, tokens in WARM_UP:
             ids = np.zeros((rows, min(tokens, model.longest)), dtype=np.int32)
             lengths = np.full((rows, 1), ids.shape[1], dtype=np.int32)
@@ -158,6 +194,16 @@ class Encoder:
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All rows of all good requests as one packed batch."""
+        if self.progress is None:
+            return self._run(requests)
+        rows = sum(inputs[0].shape[0] for inputs in requests)
+        self.progress.begin(rows)
+        try:
+            return self._run(requests)
+        finally:
+            self.progress.end(rows)
+
+    def _run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         checked = [_attempt(self._check, *inputs) for inputs in requests]
         good = [
             inputs
@@ -324,19 +370,29 @@ def execute(
     inputs: Sequence[str],
     run: Callable[[Sequence[Inputs]], list[Outputs | RequestError]],
     meters: Meters | None = None,
+    admit: Callable[[Any, Any], Overloaded | str | None] | None = None,
 ) -> list[Any]:
     """One response for each request, in order. `backend` is triton_python_backend_utils.
 
-    What `run` raises fails the requests of this batch, never the process.
+    What `run` raises fails the requests of this batch, never the process. `admit` may refuse a
+    request, which is then not read, and says what LENGTHS is to be called in the response.
     """
     results: Sequence[Outputs | Exception]
+    admitted: list[Overloaded | str | None] = [None] * len(requests)
     try:
-        tensors = [
-            tuple(backend.get_input_tensor_by_name(request, n).as_numpy() for n in inputs)
-            for request in requests
-        ]
-        wrong = [_without_rows(inputs, arrays) for arrays in tensors]
-        good = [arrays for arrays, error in zip(tensors, wrong, strict=True) if error is None]
+        if admit is not None:
+            admitted = [admit(backend, request) for request in requests]
+        wrong: list[RequestError | None] = []
+        good: list[Inputs] = []
+        for request, entry in zip(requests, admitted, strict=True):
+            if isinstance(entry, Overloaded):
+                wrong.append(entry)
+                continue
+            tensors = (backend.get_input_tensor_by_name(request, n) for n in inputs)
+            arrays = tuple(tensor.as_numpy() for tensor in tensors)
+            wrong.append(_without_rows(inputs, arrays))
+            if wrong[-1] is None:
+                good.append(arrays)
         answers = iter(run(good) if good else [])
         results = [error or next(answers) for error in wrong]
     except Exception as error:
@@ -345,9 +401,11 @@ def execute(
     if meters is not None:
         for result in results:
             if isinstance(result, Exception):
-                reason = result.reason if isinstance(result, RequestError) else "internal"
-                meters.add("samp_refused_total", 1, (("reason", reason),))
-    return [_response(backend, result) for result in results]
+                labels: tuple[tuple[str, str], ...] = (("reason", "internal"),)
+                if isinstance(result, RequestError):
+                    labels = result.labels
+                meters.add("samp_refused_total", 1, labels)
+    return [_response(backend, *pair) for pair in zip(results, admitted, strict=True)]
 
 
 def _without_rows(names: Sequence[str], arrays: Inputs) -> RequestError | None:
@@ -360,13 +418,17 @@ def _without_rows(names: Sequence[str], arrays: Inputs) -> RequestError | None:
     return None
 
 
-def _response(backend: Any, result: Outputs | Exception) -> Any:
+def _response(backend: Any, result: Outputs | Exception, lengths: Overloaded | str | None) -> Any:
     if isinstance(result, Exception):
-        if isinstance(result, RequestError):
+        if isinstance(result, Overloaded):
+            error = backend.TritonError(str(result), backend.TritonError.UNAVAILABLE)
+        elif isinstance(result, RequestError):
             error = backend.TritonError(str(result), backend.TritonError.INVALID_ARG)
         else:
             error = backend.TritonError(f"internal error: {result!r}")
         return backend.InferenceResponse(error=error)
+    if isinstance(lengths, str):
+        result = {lengths if name == "LENGTHS" else name: rows for name, rows in result.items()}
     tensors = [backend.Tensor(name, np.ascontiguousarray(rows)) for name, rows in result.items()]
     return backend.InferenceResponse(output_tensors=tensors)
 

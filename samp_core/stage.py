@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samp_core.activation import NEXT, Spec
+from samp_core.model_config import set_queue_s
 
 BUILD = "build"
 CONFIG = "config.pbtxt"
@@ -24,10 +25,14 @@ STAMP = "staged"
 
 @dataclass(frozen=True)
 class Layout:
-    """What a server sets other than its builds, by role: tokenizer, encoder, head."""
+    """What a server sets other than its builds, by role: tokenizer, encoder, head.
+
+    queue_s: the bound of the tiers' queues.
+    """
 
     instances: Mapping[str, int] = field(default_factory=dict)
     queue_delay_us: Mapping[str, int] = field(default_factory=dict)
+    queue_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Stage:
         if message.backend == "python" and role in self.layout.queue_delay_us:
             delay = self.layout.queue_delay_us[role]
             message.dynamic_batching.max_queue_delay_microseconds = delay
+        if message.backend == "python" and self.layout.queue_s is not None:
+            set_queue_s(message, self.layout.queue_s)
         aliases = dict(spec.aliases)
         for step in message.ensemble_scheduling.step:
             step.model_name = aliases.get(step.model_name, step.model_name)

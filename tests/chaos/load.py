@@ -1,10 +1,8 @@
-"""Soak and overload: requests that arrive whatever the server does (an open loop)."""
+"""Callers that wait for their answers, requests that arrive whatever becomes of them; the soak."""
 
 from __future__ import annotations
 
 import asyncio
-import http.client
-import json
 import threading
 import time
 from collections import Counter
@@ -32,6 +30,7 @@ class Sent:
     refused: list[float] = field(default_factory=list)
     words: Counter[str] = field(default_factory=Counter)
     when: list[float] = field(default_factory=list)
+    seconds: float = 0.0  # in which they were sent
 
     def add(self, begun: float, error: str | None) -> None:
         now = time.monotonic()
@@ -43,20 +42,20 @@ class Sent:
             self.words[error] += 1
 
 
-def body(tier: str) -> list[bytes]:
+def bodies_of(tier: str, rows: int) -> list[bytes]:
+    """Serialized requests of so many texts."""
     texts = [text.encode() for text in demo_texts(64)]
     made = []
-    for start in range(0, len(texts), ROWS):
-        tensor = wire.Tensor(
-            "TEXT", "BYTES", (ROWS, 1), wire.bytes_raw(texts[start : start + ROWS])
-        )
+    for start in range(0, len(texts), rows):
+        raw = wire.bytes_raw(texts[start : start + rows])
+        tensor = wire.Tensor("TEXT", "BYTES", (rows, 1), raw)
         made.append(wire.over_grpc(f"{MODEL}_{tier}", [tensor]))
     return made
 
 
-async def _closed(address: str, tier: str, callers: int, seconds: float) -> Sent:
+async def closed(address: str, tier: str, callers: int, seconds: float, rows: int) -> Sent:
     """Each caller sends when its last answer has come."""
-    sent, bodies = Sent(), body(tier)
+    sent, bodies = Sent(), bodies_of(tier, rows)
     end = time.monotonic() + seconds
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary(METHOD)
@@ -70,11 +69,12 @@ async def _closed(address: str, tier: str, callers: int, seconds: float) -> Sent
     return sent
 
 
-async def _open(address: str, tier: str, rate: float, seconds: float) -> Sent:
+async def opened(address: str, tier: str, rate: float, seconds: float, rows: int) -> Sent:
     """Requests at Poisson moments, whatever became of those before."""
-    sent, bodies = Sent(), body(tier)
+    sent, bodies = Sent(), bodies_of(tier, rows)
     gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
-    moments = time.monotonic() + np.cumsum(gaps)
+    begun = time.monotonic()
+    moments = begun + np.cumsum(gaps)
     tasks = []
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary(METHOD)
@@ -82,6 +82,7 @@ async def _open(address: str, tier: str, rate: float, seconds: float) -> Sent:
             if (wait := moment - time.monotonic()) > 0:
                 await asyncio.sleep(wait)
             tasks.append(asyncio.create_task(_one(call, bodies[index % len(bodies)], sent)))
+        sent.seconds = time.monotonic() - begun
         await asyncio.gather(*tasks)
     return sent
 
@@ -95,10 +96,11 @@ async def _one(call: Any, raw: bytes, sent: Sent) -> None:
         sent.add(begun, f"{error.code().name}: {error.details()}")
 
 
-def peak(serving: Serving, tier: str, seconds: float) -> float:
-    """Requests a second that 16 callers get."""
-    sent = asyncio.run(_closed(serving.grpc, tier, 16, seconds))
-    return len(sent.answers) / seconds
+def peak(serving: Serving, tier: str, seconds: float, rows: int = ROWS, callers: int = 16) -> float:
+    """Requests a second that callers get who wait for each answer."""
+    begun = time.monotonic()
+    sent = asyncio.run(closed(serving.grpc, tier, callers, seconds, rows))
+    return sum(when <= begun + seconds for when in sent.when) / seconds
 
 
 @dataclass
@@ -138,7 +140,7 @@ def soak(serving: Serving, seconds: float) -> Check:
     """80% of the peak, with a warm-up; memory must not grow."""
     best = peak(serving, "fast", 6.0)
     watch = Watch(serving)
-    sent = asyncio.run(_open(serving.grpc, "fast", 0.8 * best, seconds))
+    sent = asyncio.run(opened(serving.grpc, "fast", 0.8 * best, seconds, ROWS))
     watch.stop()
     growth = watch.growth()
     worst = max((name for name in growth if name != "/dev/shm"), key=lambda n: growth[n][0])
@@ -157,55 +159,5 @@ def soak(serving: Serving, seconds: float) -> Check:
             "rate": round(0.8 * best, 1), "words": dict(sent.words),
             "growth_mb": {n: [round(g, 2), round(m, 1)] for n, (g, m) in growth.items()},
             "p99_ms": round(1e3 * float(np.percentile(sent.answers, 99)), 1),
-        },
-    )  # fmt: skip
-
-
-def overload(serving: Serving, seconds: float) -> Check:
-    """Five times the peak: the queue is bounded, the excess is refused and told so."""
-    best = peak(serving, "exact", 6.0)
-    rss = sum(serving.rss_mb().values())
-    statuses: Counter[str] = Counter()
-    ended = threading.Event()
-
-    def over_http() -> None:
-        """The same by HTTP, a few times a second: which status a refusal has."""
-        text = {"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": ["a fine film"]}
-        while not ended.wait(0.3):
-            connection = http.client.HTTPConnection(serving.http, timeout=60)
-            path = f"/v2/models/{MODEL}_exact/infer"
-            connection.request("POST", path, json.dumps({"inputs": [text]}))
-            answer = connection.getresponse()
-            said = "" if answer.status == 200 else answer.read().decode()
-            statuses[f"{answer.status} {said[:120]}".strip()] += 1
-
-    threads = [threading.Thread(target=over_http, daemon=True) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    begun = time.monotonic()
-    sent = asyncio.run(_open(serving.grpc, "exact", 5 * best, seconds))
-    ended.set()
-    for thread in threads:
-        thread.join(90)
-    half = [when for when in sent.when if begun + seconds / 2 <= when <= begun + seconds]
-    held = len(half) / (seconds / 2) / best
-    grown = sum(serving.rss_mb().values()) - rss
-    refusals = np.array(sent.refused or [np.nan])
-    code, _ = serving.status()
-    clear = all("UNAVAILABLE" in word and "queue" in word for word in sent.words)
-    return Check(
-        "overload",
-        "five times the measured peak, open loop: the queue is bounded, the excess is refused "
-        "with a clear status",
-        f"{len(sent.answers):,} answered, {len(sent.refused):,} refused; a refusal took "
-        f"{1e3 * np.nanpercentile(refusals, 50):.0f} ms at the median and "
-        f"{1e3 * np.nanpercentile(refusals, 99):.0f} at the 99th percentile; throughput {held:.0%} "
-        f"of its peak in the second half; RSS +{grown:.0f} MB; afterwards samp status exit {code}",
-        bool(sent.refused) and clear and code == 0 and grown < 300,
-        "make chaos CHAOS='--only overload'",
-        {
-            "peak_requests_s": round(best, 1), "rows": ROWS, "words": dict(sent.words),
-            "http": dict(statuses), "longest_answer_s": round(max(sent.answers), 2),
-            "share_of_peak": round(held, 3),
         },
     )  # fmt: skip

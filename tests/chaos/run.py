@@ -24,6 +24,7 @@ import kills
 import known
 import load
 import machine
+import overload
 from place import ROOT, WORK, Check, Serving, demo_build, serve
 
 PARTS = ("fuzz", "limits", "kills", "overload", "soak", "disk")
@@ -36,7 +37,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[Serving], list[Che
         "fuzz": lambda s: fuzz.campaign(s, options.requests, options.seed, options.case),
         "limits": known.campaign,
         "kills": kills.campaign,
-        "overload": lambda s: [load.overload(s, 10 if options.short else 30)],
+        "overload": lambda s: overload.campaign(s, 8 if options.short else 20),
         "soak": lambda s: [load.soak(s, options.soak)],
         "disk": lambda s: disk.campaign(s, options.short),
     }

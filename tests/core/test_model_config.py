@@ -17,7 +17,7 @@ LABELS = ("rotten", 'fr"esh\n', "très bon", "好")
 
 
 def _parts() -> dict[str, mc.ModelConfig]:
-    tokenizer = mc.tokenizer_config("films", max_length=128)
+    tokenizer = mc.tokenizer_config("films", max_length=128, tiers=("exact", "fast"))
     encoder = mc.encoder_config(
         "films", "fast", feature=FEATURE, output="first", plan_sha256="0f" * 32, threads=2
     )
@@ -59,8 +59,9 @@ def test_names_and_tensors() -> None:
         ("SCORE", pb.TYPE_FP32, [1]),
         ("SCORES", pb.TYPE_FP32, [4]),
     ]
+    of_tiers = [(f"LENGTHS_{tier}", pb.TYPE_INT32, [1]) for tier in ("exact", "fast")]
     expected = {
-        "tokenizer": ("tokenizer_films", [text], [*ids, lengths, truncated]),
+        "tokenizer": ("tokenizer_films", [text], [*ids, lengths, truncated, *of_tiers]),
         "encoder": ("encoder_films_fast", [*ids, lengths], [feature]),
         "head": ("head_films", [feature], answers),
         "ensemble": ("films_fast", [text], [*answers, truncated]),
@@ -84,7 +85,10 @@ def test_a_lone_request_waits_for_nobody_and_the_queue_is_bounded() -> None:
         message = _message(role)
         assert message.HasField("dynamic_batching")
         assert message.dynamic_batching.max_queue_delay_microseconds == delay
-        assert message.dynamic_batching.default_queue_policy.max_queue_size == mc.MAX_QUEUE
+        policy = message.dynamic_batching.default_queue_policy
+        assert policy.max_queue_size == mc.MAX_QUEUE
+        assert policy.default_timeout_microseconds == mc.HARD_LIMIT * 1_000_000
+        assert policy.timeout_action == pb.ModelQueuePolicy.REJECT
         assert [(g.kind, g.count) for g in message.instance_group] == [
             (pb.ModelInstanceGroup.KIND_CPU, 1)
         ]
@@ -103,6 +107,10 @@ def test_ensemble_wires_every_input_of_every_step() -> None:
         assert set(step.input_map.values()) <= made
         made |= set(step.output_map.values())
     assert {t.name for t in message.output} <= made
+    # The tokenizer sees by this name whose request it is.
+    lengths = {"LENGTHS_fast": "LENGTHS"}
+    asked = message.ensemble_scheduling.step[0].output_map
+    assert {n: t for n, t in asked.items() if n.startswith("LENGTHS")} == lengths
 
 
 def test_parameters() -> None:
@@ -113,6 +121,7 @@ def test_parameters() -> None:
         "plan_sha256": "0f" * 32,
         "threads": "2",
         "tier": "fast",
+        "queue_s": "1",
     }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from samp_core import serving
+from samp_core import admission, serving
 from samp_core.meters import Meters
 
 
@@ -17,7 +17,7 @@ class TritonPythonModel:
         self._meters = Meters.start(pb_utils, args, parameters["tier"])
         folder = Path(__file__).resolve().parent
         self._encoder = serving.Encoder.load(
-            folder, parameters, pb_utils.Logger.log_info, self._meters
+            folder, parameters, pb_utils.Logger.log_info, self._meters, admission.progress(args)
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

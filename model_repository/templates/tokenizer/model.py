@@ -19,8 +19,10 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        run = self._tokenizer.run
-        return serving.execute(pb_utils, requests, self._tokenizer.inputs, run, self._meters)
+        model = self._tokenizer
+        return serving.execute(
+            pb_utils, requests, model.inputs, model.run, self._meters, model.admit
+        )
 
     def finalize(self) -> None:
         self._meters.flush()

@@ -1,0 +1,173 @@
+"""Refusing at once what would wait too long: the bound of a tier's queue, in seconds of its work.
+
+Triton's own bound is a number of requests, and is met only when a request has been tokenized. Here
+the encoder says how far it is (`Progress`: shared memory, one writer a slot, no lock), and the
+tokenizer, the first step of every tier, knows what it let through since (`Gate`). What is waiting
+is an estimate, and anything may die, be cancelled or be called directly meanwhile: so nothing is
+counted back. What the encoder took, what is old, and all that was sent to an encoder that has
+nothing to do is dropped, and an error lasts a moment only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from samp_core.model_config import HARD_LIMIT, MAX_BATCH, OF_TIER, QUEUE_S
+
+SHM = Path("/dev/shm")
+INSTANCES = 16
+# A slot: rows taken so far, rows a second, when the running batch began (0: none), when one ended.
+_TAKEN, _RATE, _BEGAN, _ENDED = range(4)
+# The rate is a mean over about so many rows: single texts do not hide what full batches reach.
+_MEAN_ROWS = 512
+# One batch runs and two wait: an encoder that is never idle has its full throughput.
+LEAST_ROWS = 2 * MAX_BATCH
+# What is sent to an encoder that has done nothing for so long is not in its queue.
+_IDLE_S = 0.25
+
+
+class Progress:
+    """How far the encoder of one tier is; its processes write it, the tokenizer's read it."""
+
+    def __init__(self, path: Path, slot: int = 0) -> None:
+        """Raises OSError where there is no such memory."""
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            size = 8 * 4 * INSTANCES
+            os.ftruncate(descriptor, size)
+            memory = mmap.mmap(descriptor, size)
+        finally:
+            os.close(descriptor)
+        self._slots = np.frombuffer(memory, dtype=np.float64).reshape(INSTANCES, 4)
+        self._mine = self._slots[slot % INSTANCES]
+        self._rows = self._seconds = 0.0
+
+    def begin(self, rows: int) -> None:
+        """A batch is taken out of the queue."""
+        self._mine[_TAKEN] += rows
+        self._mine[_BEGAN] = time.monotonic()
+
+    def end(self, rows: int) -> None:
+        now = time.monotonic()
+        if rows:
+            kept = 0.5 ** (rows / _MEAN_ROWS)
+            self._rows = kept * self._rows + rows
+            self._seconds = kept * self._seconds + now - self._mine[_BEGAN]
+            self._mine[_RATE] = self._rows / max(self._seconds, 1e-9)
+        self._mine[_BEGAN] = 0.0
+        self._mine[_ENDED] = now
+
+    def reset(self) -> None:
+        """At load: a process that died in a batch left its slot as it was."""
+        self._mine[_RATE] = 0.0
+        self.end(0)
+
+    @property
+    def taken(self) -> float:
+        """Rows that all instances have taken."""
+        return float(self._slots[:, _TAKEN].sum())
+
+    @property
+    def rate(self) -> float:
+        """Rows a second of all instances while they work; 0: not known."""
+        return float(self._slots[:, _RATE].sum())
+
+    def idle_since(self, now: float) -> float:
+        """`now` while a batch runs."""
+        return now if (self._slots[:, _BEGAN] > 0).any() else float(self._slots[:, _ENDED].max())
+
+
+class Gate:
+    """What one tokenizer process let through to one tier. share: of all that the tier gets."""
+
+    def __init__(self, progress: Progress, limit_s: float, share: float = 1.0) -> None:
+        self._progress = progress
+        self.limit_s = limit_s
+        self._share = share
+        self._sent: deque[tuple[float, float]] = deque()  # when, rows
+        self._waiting = 0.0
+        self._taken = progress.taken
+
+    def admit(self, rows: int) -> float | None:
+        """None, and the rows count as sent; or the seconds of work that wait already: refuse."""
+        now = time.monotonic()
+        self._settle(now)
+        if self._waiting >= self._share * LEAST_ROWS:
+            rate = self._share * self._progress.rate
+            if rate > 0 and self._waiting / rate >= self.limit_s:
+                return self._waiting / rate
+        self._sent.append((now, rows))
+        self._waiting += rows
+        return None
+
+    def _settle(self, now: float) -> None:
+        taken = self._progress.taken
+        gone = self._share * (taken - self._taken)
+        self._taken = taken
+        while gone > 0 and self._sent:
+            when, rows = self._sent.popleft()
+            self._waiting -= min(rows, gone)
+            if rows > gone:
+                self._sent.appendleft((when, rows - gone))
+            gone -= rows
+        oldest = now - HARD_LIMIT * self.limit_s
+        if self._progress.idle_since(now) < now - _IDLE_S:
+            oldest = max(oldest, now - _IDLE_S)
+        while self._sent and self._sent[0][0] < oldest:
+            self._waiting -= self._sent.popleft()[1]
+        if not self._sent:
+            self._waiting = 0.0
+
+
+def progress(args: Mapping[str, str]) -> Progress | None:
+    """For an encoder to write. Each instance has its slot, and the copy that is loaded beside a
+    model during an activation writes into the same.
+    """
+    number = args["model_instance_name"].rpartition("_")[2]
+    made = _open(args["model_name"].removeprefix("next."), int(number) if number.isdigit() else 0)
+    if made is not None:
+        made.reset()
+    return made
+
+
+def gates(args: Mapping[str, str], outputs: Sequence[str]) -> dict[str, Gate]:
+    """For a tokenizer: the output that a tier asks for -> its gate. `args` are Triton's."""
+    config = json.loads(args["model_config"])
+    limit_s = float(config["parameters"].get("queue_s", {}).get("string_value", QUEUE_S))
+    instances = sum(group["count"] for group in config["instance_group"])
+    model = args["model_name"].removeprefix("next.").removeprefix("tokenizer_")
+    found = {}
+    for name in outputs:
+        if name.startswith(OF_TIER):
+            read = _open(f"encoder_{model}_{name.removeprefix(OF_TIER)}")
+            if read is not None:
+                found[name] = Gate(read, limit_s, 1 / instances)
+    return found
+
+
+def _open(encoder: str, slot: int = 0) -> Progress | None:
+    """That of a model in the Triton whose child this process is; None without /dev/shm."""
+    try:
+        return Progress(SHM / f"{_prefix(os.getppid())}queue_{encoder}", slot)
+    except OSError:
+        return None
+
+
+def _prefix(triton: int) -> str:
+    """The name that this Triton's regions begin with: whoever removes those, removes ours."""
+    for word in Path(f"/proc/{triton}/cmdline").read_text(errors="replace").split("\0"):
+        if "shm-region-prefix-name=" in word:
+            return word.rpartition("=")[2] + "_"
+    # One that somebody else started: its process number is its own in its container only.
+    started = Path(f"/proc/{triton}/stat").read_text().rpartition(")")[2].split()[19]
+    which = f"{os.stat('/proc/self/ns/pid').st_ino} {triton} {started}"
+    return f"samp-{hashlib.sha256(which.encode()).hexdigest()[:12]}_"
