@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 from samp_kernels.cuda import ops
+from samp_kernels.cuda.formats import DTYPES, decode, encode, has
 from samp_kernels.cuda.launcher import Buffer, Launch, Launcher
 from samp_kernels.cuda.ops import Matrix, Packed, Target, padded, size_of
 from samp_kernels.cuda.session import CudaSession
 from samp_kernels.cuda.tiles import room_for
+from samp_kernels.cuda.units import number
 from samp_kernels.interface import (
     I32,
     Activation,
@@ -32,24 +34,32 @@ from samp_kernels.interface import (
     check_weight,
 )
 
-DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
+FLOATS = ("fp32", "fp16", "bf16")
 
 
 class CudaBackend:
-    """Every site in fp32, fp16 or int8; scales per token."""
+    """Every site in fp32, fp16, bf16 (from sm_80 on) or int8; scales per token."""
 
     name = "cuda"
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         if launcher is None:
+            from samp_kernels.cuda import emulated
+            from samp_kernels.cuda.emulator import CpuLauncher
             from samp_kernels.cuda.launcher import CupyLauncher
 
-            launcher = CupyLauncher()
+            launcher = CpuLauncher() if emulated() else CupyLauncher()
         self.launcher: Launcher = launcher
         self.ran: tuple[str, ...] = ()
 
+    def device_facts(self) -> dict[str, str]:
+        """The GPU's name and the architecture of its cubins, as a plan's `device` says them."""
+        name = getattr(self.launcher, "device_name", "emulated")
+        return {"gpu": name, "isa": self.launcher.architecture}
+
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
-        kinds = (("fp32", ""), ("fp16", ""), ("int8", "static"))
+        floats = [f for f in FLOATS if has(f, number(self.launcher.architecture))]
+        kinds = (*((f, "") for f in floats), ("int8", "static"))
         attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in kinds}
         gemm = {("gemm", *kind) for kind in kinds} | {("gemm", "int8", "token")}
         return frozenset({("gemm", "residual", "")} | gemm | attention)
@@ -68,7 +78,7 @@ class CudaBackend:
         return CudaSession(self, config, tensors, plan, max_tokens=max_tokens or 8192, packs=packs)
 
     def array(self, x: Array, kind: str = "fp32") -> Matrix:
-        host = np.asarray(x, dtype=DTYPES[kind])
+        host = encode(x, kind)
         rows, columns = host.shape if host.ndim == 2 else (1, host.shape[0])
         whole = np.zeros((rows, padded(columns)), dtype=host.dtype)
         whole[:, :columns] = host
@@ -81,7 +91,7 @@ class CudaBackend:
         return Matrix(buffer, 0, (rows, columns), padded(columns), kind)
 
     def pack(self, weight: Weight, precision: str) -> Packed:
-        check_weight(weight, "fp32" if precision == "fp16" else precision)
+        check_weight(weight, "fp32" if precision in FLOATS else precision)
         if weight.outliers is not None:
             raise UnsupportedPrecision("cuda pack", "outliers", "weights without an outlier split")
         if precision == "fp16" and float(np.abs(weight.data).max(initial=0.0)) > 65504.0:
@@ -132,7 +142,7 @@ class CudaBackend:
             got = f"{data.kind} activations for {packed.precision} weights"
             raise KernelError("gemm", got, "the same kind of both")
         if out.scale == "token":
-            raise UnsupportedPrecision("gemm", f"{out}", "fp32, fp16, or int8 with a static scale")
+            raise UnsupportedPrecision("gemm", f"{out}", "a float, or int8 with a static scale")
         to = _Result(self, out, (x.shape[0], packed.shape[0]))
         width = padded(packed.shape[0])
         sums, blocks = room_for(data.rows, width) if packed.precision == "int8" else (0, 0)
@@ -214,7 +224,7 @@ class CudaBackend:
         host = np.empty((x.rows, x.ld), dtype=DTYPES[x.kind])
         self.launcher.to_host(x.buffer, host, x.offset)
         kept = np.ascontiguousarray(host[:, : x.columns])
-        return kept.reshape(x.shape)
+        return decode(kept.reshape(x.shape), x.kind)
 
     def integers(self, x: Array) -> Buffer:
         """An int32 host array on the device, as it lies."""
@@ -238,8 +248,9 @@ class _Result:
     def __init__(
         self, backend: CudaBackend, out: Out, shape: tuple[int, int], *, full: bool = False
     ) -> None:
-        if out.keep or out.dtype not in DTYPES:
-            raise UnsupportedPrecision("cuda", f"{out}", "fp32, fp16 or int8, without keep")
+        if out.keep or out.dtype not in (*FLOATS, "int8"):
+            allowed = f"{', '.join(FLOATS)} or int8, without keep"
+            raise UnsupportedPrecision("cuda", f"{out}", allowed)
         self._out = out
         self._shape = (int(shape[0]), int(shape[1]))
         self.floats: Any = None
@@ -247,8 +258,8 @@ class _Result:
         scale = 1.0
         if full or out.dtype == "fp32":
             self.floats = backend.empty(*self._shape, "fp32")
-        if out.dtype == "fp16":
-            halves = backend.empty(*self._shape, "fp16")
+        if out.dtype in ("fp16", "bf16"):
+            halves = backend.empty(*self._shape, out.dtype)
         if out.dtype == "int8":
             integers = backend.empty(*self._shape, "int8")
             if out.scale == "token":
