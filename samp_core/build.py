@@ -29,7 +29,7 @@ from samp_core.latency import SINGLE
 from samp_core.lower_loss import loss_note, loss_report
 from samp_core.mix import mix_of, read_sample
 from samp_core.observed import observed
-from samp_core.plan import Plan, mode_plan
+from samp_core.plan import Plan, SitePlan, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
 from samp_core.search import Found, Search, weigh
@@ -70,6 +70,7 @@ def build(
     with build_lock(config.folder):
         cache.clean(config.folder / "cache")
         bench = open_workbench(config, progress)
+        bench.check_precisions()
         config = with_mix(config, bench)
         warnings: list[str] = []
         if config.backend == "auto" and bench.backend_name != "cpu":
@@ -176,6 +177,7 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         cache=cache.Cache(config.folder / "cache"),
         code=cache.code_sha256(),
         backend_name=choose_backend(config.backend),
+        precisions=config.precisions,
         threads=config.threads,
         progress=progress,
         task=task,
@@ -252,13 +254,17 @@ def plan_modes(
     search: Split,
     record: dict[str, Any] | None = None,
 ) -> dict[str, Plan]:
-    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least.
+    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least; without
+    int8 `float` and the other floats.
 
     How those were found goes into `record`.
     """
     base = bench.base_plan()
     plans = {FLOAT: replace(base, versions=versions())}
     if not bench.quantizable():
+        for half in bench.halves():
+            sites = dict.fromkeys(base.sites, SitePlan(half))
+            plans[half] = replace(base, versions=versions(), sites=sites, mode=half)
         return plans
     chosen = recipes.choose(config, bench, calibration, search)
     if record is not None:

@@ -101,7 +101,9 @@ def code_sha256() -> str:
     digest = hashlib.sha256()
     kernels = Path(str(samp_kernels.__file__)).parent
     core = Path(str(samp_core.__file__)).parent
-    files = sorted(path for kind in ("*.py", "*.cc", "*.h") for path in kernels.rglob(kind))
+    files = sorted(
+        path for kind in ("*.py", "*.cc", "*.h", "*.cu", "*.cuh") for path in kernels.rglob(kind)
+    )
     names = (
         "bio",
         "calibrate",

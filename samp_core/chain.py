@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from samp_core.plan import Plan, Recipes, SitePlan, recipe_of
+from samp_core.plan import QUANTIZED, Plan, Recipes, SitePlan, recipe_of
 
 FLOAT = SitePlan("fp32")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One decision: `options[0]` is fp32 everywhere; an option maps each site to what it runs."""
+    """One decision: an option maps each site to what it runs.
+
+    `options[0]` is fp32 everywhere, a quantized one comes last.
+    """
 
     name: str
     layer: int
@@ -31,9 +34,18 @@ class Node:
             for option in self.options
         )
 
+    @property
+    def quantizable(self) -> bool:
+        """Whether the last option is a quantized one."""
+        return any(entry.precision in QUANTIZED for entry in self.options[-1].values())
 
-def chain(layers: int, sites: Sequence[str], recipe: Recipes) -> tuple[Node, ...]:
-    """The nodes of an encoder; `sites` are the kinds that the backend can run in int8."""
+
+def chain(
+    layers: int, sites: Sequence[str], recipe: Recipes, halves: Sequence[str] = ()
+) -> tuple[Node, ...]:
+    """The nodes of an encoder; `sites` are the kinds that the backend can run in int8, `halves` the
+    floats beside fp32 that it can run everywhere.
+    """
     nodes = []
     for layer in range(layers):
         for name, kinds in (
@@ -45,6 +57,7 @@ def chain(layers: int, sites: Sequence[str], recipe: Recipes) -> tuple[Node, ...
         ):
             full = tuple(f"layer.{layer}.{kind}" for kind in kinds)
             options: list[Mapping[str, SitePlan]] = [dict.fromkeys(full, FLOAT)]
+            options += [dict.fromkeys(full, SitePlan(half)) for half in halves]
             if any(kind in sites for kind in kinds):
                 options.append(
                     {

@@ -48,7 +48,12 @@ def build(
         typer.Option(help="NAME:drop=0.5pt,latency=8ms; either, both or neither. Repeatable."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: model_repository/<name>.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, cpu, onednn or reference.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, onednn or reference.")
+    ] = None,
+    precisions: Annotated[
+        str | None, typer.Option(help="What plans may choose: fp16,int8; default: all there are.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
     calibrator: Annotated[
         str | None, typer.Option(help="auto (by site), minmax, percentile, mse or entropy.")
@@ -101,6 +106,7 @@ def build(
             "tiers": tiers,
             "out": out,
             "backend": backend,
+            "precisions": precisions,
             "threads": threads,
             "calibrator": calibrator,
             "activation": activation,

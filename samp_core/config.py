@@ -83,6 +83,8 @@ class BuildConfig(_Strict):
     tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
     default_tier: str = ""
     backend: Literal["auto", "cpu", "cuda", "onednn", "reference"] = "auto"
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ()
+    """What plans may choose; fp32 is always there. Empty: fp16 and int8 as the backend has them."""
     threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
     calibrator: Literal["auto", "minmax", "percentile", "mse", "entropy"] = "auto"
     activation: Literal["auto", "static", "token"] = "auto"
@@ -114,6 +116,8 @@ class BuildConfig(_Strict):
         value = dict(value)
         if isinstance(value.get("data"), (str, Path)):
             value["data"] = {"data": value["data"]}
+        if isinstance(value.get("precisions"), str):
+            value["precisions"] = [p.strip() for p in value["precisions"].split(",")]
         if isinstance(value.get("mix"), (str, Path)):
             value["mix_texts"] = value.pop("mix")
         if "name" not in value and isinstance(value.get("model"), (str, Path)):

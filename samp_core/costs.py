@@ -19,7 +19,7 @@ from samp_kernels.interface import Array, Session
 from samp_core.chain import Node, path_cost, plan_of
 from samp_core.latency import Bucket
 from samp_core.plan import Plan
-from samp_core.workbench import Split, Workbench, device
+from samp_core.workbench import Split, Workbench
 
 ROUNDS = 3
 """Times the turns of latency.measure: single sites are small beside a machine's moods."""
@@ -108,7 +108,7 @@ def measured(
         "plans": [plan.key() for plan in plans],
         "mix": sorted(mix),
         "rounds": ROUNDS,
-        "device": device(bench.threads),
+        "device": bench.device(),
         **bench.sampled(),
         **bench.key(bench.base_plan(), split),
     }

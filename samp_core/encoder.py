@@ -34,7 +34,7 @@ from samp_kernels.interface import (
 from samp_core.backends import open_backend as open_backend
 from samp_core.errors import SampError
 from samp_core.order import restore_order, round_up, sort_by_length
-from samp_core.plan import Plan
+from samp_core.plan import HALVES, Plan
 
 Observer = Callable[[str, Any], None]
 """Called with a site's full name and its float input, [tokens, features]; calibration listens."""
@@ -87,6 +87,13 @@ def quantizable_sites(backend: Backend) -> tuple[str, ...]:
         if (f"attention.{site}", "int8", "static") in able
         or (gemm and site not in ("scores", "context"))
     )
+
+
+def halves(backend: Backend) -> tuple[str, ...]:
+    """The floats beside fp32 that this backend runs at every site."""
+    able = backend.capabilities()
+    ops = ("gemm", "attention.scores", "attention.context")
+    return tuple(p for p in HALVES if all((op, p, "") in able for op in ops))
 
 
 def prepare(
@@ -250,8 +257,8 @@ class LoopSession:
             tensors.get(f"{name}.outlier_weight"),
         )
         entry = plan.sites.get(name)
-        if precision == "fp32":
-            feed = Out("fp32")
+        if precision in ("fp32", *HALVES):
+            feed = Out(precision)  # type: ignore[arg-type]
         elif entry is not None and entry.recipe is not None and entry.recipe.activation == "token":
             feed = Out("int8", "token")
         else:

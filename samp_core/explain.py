@@ -10,8 +10,9 @@ from typing import Any
 from samp_core.chain import Node, chain, choice_of
 from samp_core.costs import CostTable
 from samp_core.errors import SampError
+from samp_core.latency import foretold
 from samp_core.manifest import read_manifest
-from samp_core.plan import Plan, Recipe
+from samp_core.plan import QUANTIZED, Plan, Recipe
 
 
 def explain(out: Path, tier: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
             f"tested {test['plan']}: {test['b']} worse, {test['c']} better of {test['n']:,}; bound "
             f"{100 * test['bound']:.2f} points against {100 * test['promise']:g}: {word}"
         )
-    for bucket, ms in plan.modelled.get("latency_ms", {}).items():
+    for bucket, ms in foretold(plan.modelled).items():
         again = measured["latency_ms"].get(bucket)
         if again:
             facts.append(
@@ -81,9 +82,9 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
 
 
 def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What int8 brings and what the sites kept in fp32 would."""
-    quantized = [site for site in sites if site["precision"] != "fp32"]
-    kept = [site for site in sites if site["precision"] == "fp32"]
+    """What int8 brings and what the sites kept in float would."""
+    quantized = [site for site in sites if site["precision"] in QUANTIZED]
+    kept = [site for site in sites if site["precision"] not in QUANTIZED]
     if not sites:
         return []
     return [
@@ -93,7 +94,9 @@ def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
-    nodes = chain(plan.layers, search["quantizable"], Recipe())
+    halves = search.get("halves", ())
+    nodes = chain(plan.layers, search["quantizable"], Recipe(), halves)
+    plain = int(bool(halves))  # int8 is held against fp16 where the device has it
     table = CostTable(
         {bucket: found["edges"] for bucket, found in search["costs"].items()},
         {bucket: found["base_ms"] for bucket, found in search["costs"].items()},
@@ -109,7 +112,7 @@ def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
         if node.name not in scores:
             continue
         with_int8, without = list(choice), list(choice)
-        with_int8[index], without[index] = len(node.options) - 1, 0
+        with_int8[index], without[index] = len(node.options) - 1, plain
         saves = table.total(without, bucket) - table.total(with_int8, bucket)
         score = scores[node.name]
         facts = {
@@ -131,10 +134,10 @@ def _why(node: Node, facts: Mapping[str, Any], share: float, count: int) -> str:
         "" if facts["measured"] else ", not measured but estimated"
     )
     saving = f"{facts['saves_ms']:.3f} ms ({100 * share:.1f}% of float)"
-    if facts["precision"] != "fp32":
+    if facts["precision"] in QUANTIZED:
         if facts["saves_ms"] <= 0.0:
             return f"{facts['precision']} though it saves nothing by the table; it loses {loss}"
         return f"{facts['precision']}: saves {saving}, loses {loss}"
     if facts["saves_ms"] <= 0.0:
-        return f"fp32: int8 would save nothing here ({-facts['saves_ms']:+.3f} ms)"
-    return f"fp32: int8 would save {saving} and lose {loss}"
+        return f"{facts['precision']}: int8 saves nothing here ({-facts['saves_ms']:+.3f} ms)"
+    return f"{facts['precision']}: int8 would save {saving} and lose {loss}"

@@ -50,14 +50,17 @@ def read_plans(values: list[str]) -> dict[str, Path]:
 def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, Any]:
     """Write the repository of these plans; `exact` is added if no plan has that name.
 
-    They are tried on the backend that they name, all on the same.
+    Each is tried on the backend that it names: tiers of a CPU and of a GPU stand side by side.
     """
     plans = {name: _read(path) for name, path in config.plans.items()}
-    build = config.build.model_copy(update={"backend": _backend(config, plans)})
+    _check_exact(config, plans)
+    named = [str(plan.backend) for plan in plans.values()]
+    build = config.build.model_copy(update={"backend": named[0] if named else config.build.backend})
     check_names(build.name, [*plans, *({"exact"} - set(plans))], build.default_tier or "exact")
     with build_lock(build.folder):
         cache.clean(build.folder / "cache")
         bench = open_workbench(build, progress)
+        benches = {bench.backend_name: bench}
         tiers: dict[str, TierFiles] = {}
         for name, plan in {"exact": bench.base_plan(), **plans}.items():
             if plan.model_sha256 != bench.checkpoint.sha256:
@@ -67,11 +70,12 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
                     f"plans for {build.model}, {bench.checkpoint.sha256[:12]}",
                     "give that checkpoint as --model, or run samp build for this one",
                 )
+            own = benches.setdefault(plan.backend, on_backend(bench, plan.backend))
             if plan.quantized_sites() and not plan.scales:
-                plan = _with_scales(config, bench, name, plan)
+                plan = _with_scales(config, own, name, plan)
             try:
-                check_plan(bench.backend, bench.checkpoint.config, plan)
-                bench.session(plan)  # refuses now what a server would refuse at load
+                check_plan(own.backend, own.checkpoint.config, plan)
+                own.session(plan)  # refuses now what a server would refuse at load
             except KernelError as error:
                 raise SampError(
                     "unsupported_plan",
@@ -92,12 +96,13 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
     }
 
 
-def _backend(config: GenerateConfig, plans: Mapping[str, Plan]) -> str:
-    """The one backend that all plans name. Raises UsageError, also for an exact that is not."""
-    named = {str(plan.backend): config.plans[name] for name, plan in plans.items()}
-    if len(named) > 1:
-        given = ", ".join(f"{file}: {backend}" for backend, file in named.items())
-        raise UsageError("bad_plan", given, "plans of one backend", "generate them apart")
+def on_backend(bench: Workbench, backend: str) -> Workbench:
+    """The same checkpoint on another backend."""
+    return replace(bench, backend_name=backend, _backend=None, _sessions={}, _packs={})
+
+
+def _check_exact(config: GenerateConfig, plans: Mapping[str, Plan]) -> None:
+    """Raises UsageError for a plan named exact that is not fp32."""
     exact = plans.get("exact")
     if exact is not None and any(entry.precision != "fp32" for entry in exact.sites.values()):
         raise UsageError(
@@ -106,7 +111,6 @@ def _backend(config: GenerateConfig, plans: Mapping[str, Plan]) -> str:
             "fp32 everywhere in a tier named exact",
             "give the tier another name: --plan NAME=FILE",
         )
-    return next(iter(named), config.build.backend)
 
 
 def _promise(plan: Plan) -> float | None:

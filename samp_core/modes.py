@@ -12,7 +12,7 @@ from dataclasses import replace
 from samp_kernels.interface import GEMM_SITES
 
 from samp_core.chain import FLOAT
-from samp_core.plan import Plan
+from samp_core.plan import Plan, SitePlan
 from samp_core.sensitivity import Score
 
 KINDS = ("ffn_only", "gemms", "full")
@@ -33,11 +33,14 @@ def layer_order(how: str, layers: int, scores: Mapping[str, Score]) -> list[int]
     return sorted(range(layers), key=lambda layer: (loss[layer], layer))
 
 
-def modes(full: Plan, order: Sequence[int], title: str = "") -> dict[str, Plan]:
+def modes(
+    full: Plan, order: Sequence[int], title: str = "", rest: SitePlan = FLOAT
+) -> dict[str, Plan]:
     """Name -> plan, from `full`, in which every site that can be is quantized.
 
     `title` names an order that is not first to last: full(2, last). Without attention among the
-    sites gemms(k) is full(k) and left out.
+    sites gemms(k) is full(k) and left out. `rest` is what the other sites run, as in SAMP fp16
+    where the device has it.
     """
     able = {site.rsplit(".", 1)[1] for site in full.quantized_sites()}
     kinds = {
@@ -45,6 +48,8 @@ def modes(full: Plan, order: Sequence[int], title: str = "") -> dict[str, Plan]:
         "gemms": able & set(GEMM_SITES),
         "full": able,
     }
+    if not able:
+        return {}
     if kinds["gemms"] == able:
         del kinds["gemms"]
     made = {}
@@ -52,7 +57,7 @@ def modes(full: Plan, order: Sequence[int], title: str = "") -> dict[str, Plan]:
         for k in range(1, len(order) + 1):
             layers = set(order[:k])
             sites = {
-                site: entry if _within(site, layers, chosen) else FLOAT
+                site: entry if _within(site, layers, chosen) else rest
                 for site, entry in full.sites.items()
             }
             name = f"{kind}({k}, {title})" if title else f"{kind}({k})"

@@ -15,6 +15,8 @@ from samp_core.errors import SampError
 
 SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
+HALVES = ("fp16", "bf16")
+"""Floats that a plan may choose beside fp32; they need no scales."""
 QUANTIZED = ("int8", "fp8", *(f"bits{i}" for i in range(1, 9)))
 CALIBRATORS = ("minmax", "percentile", "mse", "entropy")
 MOST_OUTLIERS = 64

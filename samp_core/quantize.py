@@ -8,7 +8,7 @@ import numpy as np
 from samp_kernels.interface import F32, GEMM_SITES, Array
 
 from samp_core.errors import SampError
-from samp_core.plan import Plan, Recipe
+from samp_core.plan import HALVES, Plan, Recipe
 
 QMAX = 127
 
@@ -52,14 +52,14 @@ def export_weights(
         for site in GEMM_SITES:
             name = f"layer.{layer}.{site}"
             precision = plan.precision(name)
-            if precision in ("fp32", "fp16"):  # Stored as fp32; a backend that runs fp16 packs it.
+            if precision in ("fp32", *HALVES):  # Stored as fp32; a backend packs what it runs.
                 continue
             entry = plan.sites[name]
             if precision != "int8" or entry.recipe is None:
                 raise SampError(
                     "unsupported_precision",
                     f"{name}: {precision}",
-                    "fp32, fp16, int8",
+                    "fp32, fp16, bf16, int8",
                     "edit the plan",
                 )
             if entry.recipe.smooth is not None or entry.recipe.rounding != "nearest":

@@ -160,7 +160,7 @@ def write_build(
             plan_sha256=tier.plan.key(),
             threads=threads,
             plan=tier.plan.summary(),
-            gpu=tier.plan.backend == "cuda",
+            gpu=tier.plan.backend == "cuda" and tier.plan.device.get("gpu") != "emulated",
             queue_s=queue_s,
             windows="" if text.windows is None else json.dumps(dataclasses.asdict(text.windows)),
         )

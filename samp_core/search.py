@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from samp_core import allocate, costs, evaluate, milp, sensitivity
+from samp_core import allocate, costs, evaluate, halves, milp, sensitivity
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
+from samp_core.chain import FLOAT as float_site
 from samp_core.chain import Node, chain, choice_of, path_cost, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
 from samp_core.modes import layer_order, modes
-from samp_core.plan import Plan
+from samp_core.plan import Plan, SitePlan
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench
@@ -71,13 +72,16 @@ class Search:
         self._split, self._metric, self._n, self._clock = split, metric, rows_to_come, clock
         self._base = replace(full, mode=None)
         recipes = {site: entry.recipe for site, entry in full.sites.items() if entry.recipe}
-        self.nodes: tuple[Node, ...] = chain(full.layers, bench.quantizable(), recipes)
+        self._recipes = recipes
+        self.halves: tuple[str, ...] = bench.halves()
+        self.nodes: tuple[Node, ...] = self._chain(self.halves)
         self.scores: dict[str, Score] = {}
         self.losses: list[list[float]] = []
         self.table: costs.CostTable | None = None
         plain = plan_of(self._base, self.nodes, [0] * len(self.nodes))
         self._float = replace(plain, mode=FLOAT, scales={}, outliers={})
         self.modes: dict[str, Plan] = {}
+        self.baselines: dict[str, Plan] = {}
         self._names: dict[str, str] = {}
         self._found = Found({}, {})
         self._drop_limits = sorted(
@@ -88,6 +92,10 @@ class Search:
         """Measure, propose, look, time. What the clock forbids is left out, never the timing."""
         self._look(FLOAT, self._float)
         self._metric.check(self._logits(FLOAT), self._split)
+        able = halves.finite(self._bench, self._float, self.nodes, self.halves, self._split)
+        if able != self.halves:
+            self.halves, self.nodes = able, self._chain(able)
+        self.baselines = {h: halves.everywhere(self._float, self.nodes, h) for h in able}
         self._clock.reserve(self._to_come())
         strategy, order = self._config.strategy, self._config.order
         if strategy != "samp":
@@ -98,14 +106,18 @@ class Search:
         if strategy != "samp" or order == "sensitivity":
             self._score(measured=strategy != "samp")
         layers = layer_order(order, self._full.layers, self.scores)
-        self.modes = modes(self._full, layers, "" if order == "first" else order)
-        self._names |= {plan.key(): name for name, plan in self.modes.items()}
+        rest = SitePlan(self.halves[0]) if self.halves else float_site
+        self.modes = modes(self._full, layers, "" if order == "first" else order, rest)
+        named = {**self.modes, **self.baselines}
+        self._names |= {plan.key(): name for name, plan in named.items()}
         {
             "samp": self._samp,
             "milp": self._milp,
             "greedy": self._greedy,
             "lower-loss": self._lower_loss,
         }[strategy]()
+        for name, plan in self.baselines.items():
+            self._look(name, plan)
         self._time()
         self._found.record = {"order": order, "layers": layers} if strategy == "samp" else {}
         if self.table is not None:
@@ -132,6 +144,9 @@ class Search:
         rows = self._n * (1.0 + 2.1 * len(self._drop_limits)) + 600.0 * (1 + tiers) + 2000.0
         return row_s * rows + 2.0
 
+    def _chain(self, halves: Sequence[str]) -> tuple[Node, ...]:
+        return chain(self._full.layers, self._bench.quantizable(), self._recipes, halves)
+
     # measuring
 
     def _score(self, measured: bool) -> None:
@@ -146,9 +161,9 @@ class Search:
             found = sensitivity.measured_kl(bench, self._base, self.nodes, split, order, stop)
             self.scores = sensitivity.with_kl(self.scores, found)
         kl = sensitivity.estimated(self.scores)
+        rest = halves.losses(bench, self._float, self.nodes, self.halves, split)
         self.losses = [
-            [0.0] * (len(node.options) - 1) + [kl[node.name]] if node.name in kl else [0.0]
-            for node in self.nodes
+            [0.0, *rest, *([kl[node.name]] if node.name in kl else [])] for node in self.nodes
         ]
 
     def _logits(self, name: str) -> Any:
@@ -161,12 +176,12 @@ class Search:
         A plan that is one of SAMP's modes goes by that name, any other by its first.
         """
         name = self._names.setdefault(plan.key(), name)
-        plan = self.modes.get(name, plan)
+        plan = {**self.modes, **self.baselines}.get(name, plan)
         found = self._found
         if name in found.candidates:
             return found.candidates[name]
         always = (self._float.key(), self._full.key())
-        if self._clock.over() and plan.key() not in always:
+        if self._clock.over() and plan.key() not in always and name not in self.halves:
             return None
         found.plans[name] = plan
         ms = 0.0
@@ -222,7 +237,7 @@ class Search:
     def _hopeless(self) -> set[str]:
         """Plans that need not be timed; the modes are, where a tier is chosen along them."""
         ordered = sorted(self._found.candidates.values(), key=self._bound)
-        kept = {FLOAT, self._names.get(self._full.key(), "")}
+        kept = {FLOAT, *self.halves, self._names.get(self._full.key(), "")}
         if any(spec.free for spec in self._config.tiers.values()):
             kept |= set(self.modes)
         hopeless, fastest = set(), float("inf")
@@ -302,18 +317,19 @@ class Search:
         return [(name, choice) for _, name, choice in sorted(near)[:RIVALS]]
 
     def _reverted(self) -> list[tuple[str, tuple[int, ...]]]:
-        """All int8, then the dearest node back in fp32, and so on: greedy's path."""
+        """All int8, then the dearest node back in float, and so on: greedy's path."""
         kl = sensitivity.estimated(self.scores)
+        back = int(bool(self.halves))  # to fp16 where it is there
         choice = [len(node.options) - 1 for node in self.nodes]
         place = {node.name: index for index, node in enumerate(self.nodes)}
         found = [("greedy(0)", tuple(choice))]
         for count, name in enumerate(sorted(kl, key=lambda name: -kl[name]), start=1):
-            choice[place[name]] = 0
+            choice[place[name]] = back
             found.append((f"greedy({count})", tuple(choice)))
         return found
 
     def _greedy(self) -> None:
-        """From all int8, give the dearest node back to fp32 until the strictest promise holds.
+        """From all int8, give the dearest node back to float until the strictest promise holds.
 
         As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline.
         """
@@ -337,7 +353,8 @@ class Search:
         counts = {-(-len(order) * i // 8) for i in range(1, 9)} - {0}
         for count in sorted(counts, reverse=True):
             chosen = set(order[:count])
-            choice = [int(node.name in chosen) for node in self.nodes]
+            back = int(bool(self.halves))
+            choice = [len(node.options) - 1 if node.name in chosen else back for node in self.nodes]
             self._look(f"lower-loss({count})", plan_of(self._base, self.nodes, choice))
 
     # what is kept and said
@@ -376,6 +393,7 @@ class Search:
             "budget_s": self._config.budget_s,
             "spent_s": round(self._clock.spent(), 1),
             "quantizable": self._bench.quantizable(),
+            "halves": self.halves,
             "nodes": len(self.scores),
             "measured": sum(score.kl is not None for score in self.scores.values()),
             "rank_correlation": correlations(self.scores.values()),

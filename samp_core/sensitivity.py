@@ -7,7 +7,8 @@ scores that order the work, and stand in for what a time budget leaves unmeasure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ def cheap_scores(
 
     Over so many rows, evenly spread.
     """
-    movable = [node for node in nodes if len(node.options) > 1]
+    movable = [node for node in nodes if node.quantizable]
     if not movable:
         return {}
 
@@ -94,7 +95,8 @@ def measured_kl(
     found: dict[str, float] = {}
     for name in order:
         node = by_name[name]
-        plan = plan_of(base, nodes, [int(other.name == name) for other in nodes])
+        last = len(node.options) - 1
+        plan = plan_of(base, nodes, [last * (other.name == name) for other in nodes])
         key = bench.key(plan, split) | {"kept_bytes": KEPT_BYTES}
         if not stop() or bench.cache.has("kl", key):
             found[name] = float(bench.cache.json("kl", key, lambda: prefixes.kl(plan, node)))  # noqa: B023
@@ -142,15 +144,27 @@ class _Prefixes:
         session = self._bench.loop_session(self._plan)
         step = self._bench.progress("sensitivity: float layers", len(packed))
         starts = []
-        for batch, _ in packed:
-            starts.append(session.layer_inputs(batch))
+        for made in self._each(session.layer_inputs, [batch for batch, _ in packed]):
+            starts.append(made)
             step()
         return starts
+
+    def _each(self, do: Callable[[Any], Any], some: Sequence[Any]) -> Iterator[Any]:
+        """`do` of each, in their order. One op of the native backend runs on one thread, so that
+        batches side by side fill the cores; the other backends' ops do by themselves.
+        """
+        if self._bench.backend_name != "cpu":
+            yield from map(do, some)
+            return
+        with ThreadPoolExecutor(self._bench.threads) as pool:
+            yield from pool.map(do, some)
 
     def _logits(self, plan: Plan, layer: int) -> F32:
         head = self._bench.head
         session = self._bench.loop_session(plan)
-        features = [session.run_from(kept[layer], head.encoder_output) for kept in self._starts]
+        output = head.encoder_output
+        kept = [starts[layer] for starts in self._starts]
+        features = list(self._each(lambda start: session.run_from(start, output), kept))
         if head.rows is not None:  # a token head's linear layer ran in the encoder
             return np.concatenate(features)
         return np.concatenate([head.logits(self._bench.head_weights, f) for f in features])[
@@ -237,7 +251,7 @@ class _Cheap:
     def _errors(self, node: Node, tap: Tap, batch: Batch) -> tuple[Tensor, Tensor]:
         """The error of the node's output in int8, and the part of it that its input makes."""
         round8 = self._encoder.rounded_to_int8
-        scales, option = self._base.scales, node.options[1]
+        scales, option = self._base.scales, node.options[-1]
         if len(node.sites) > 1:
             scores, context = node.sites
             scale = {}
@@ -283,7 +297,7 @@ class _Cheap:
         squares = None if rows is None else float(0.5 * (np.concatenate(rows) ** 2).mean())
         return Score(
             node.name,
-            node.precisions[1],
+            node.precisions[-1],
             squares,
             float(10.0 * np.log10(signal / max(noise, 1e-300))),
             *mean("signed"),

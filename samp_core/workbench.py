@@ -16,8 +16,15 @@ from samp_core import bio, calibrate, encoder, heads, latency
 from samp_core.cache import Cache
 from samp_core.checkpoint import Checkpoint
 from samp_core.data import Rows, gold_values
-from samp_core.encoder import LoopSession, check_plan, open_backend, prepare, quantizable_sites
-from samp_core.errors import SampError
+from samp_core.encoder import (
+    LoopSession,
+    check_plan,
+    halves,
+    open_backend,
+    prepare,
+    quantizable_sites,
+)
+from samp_core.errors import SampError, UsageError
 from samp_core.pipeline import batches, pieces, run_logits, run_tokens
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
@@ -63,6 +70,8 @@ class Workbench:
     threads: int
     progress: Progress = silent
     task: Task = TASKS["classification"]
+    precisions: tuple[str, ...] = ()
+    """Those that plans may choose beside fp32; empty: all that the backend has."""
     sample: tuple[latency.Bucket, ...] = ()
     """Shapes of the build's own mix, measured beside those of the search split."""
     _backend: Backend | None = None
@@ -106,13 +115,35 @@ class Workbench:
             model_sha256=self.checkpoint.sha256,
             config=self.checkpoint.plan_config(),
             backend=self.backend_name,
-            device=device(self.threads),
+            device=self.device(),
             sites={},
         )
         return mode_plan(empty, "float", 0, (), Recipe())
 
     def quantizable(self) -> tuple[str, ...]:
-        return quantizable_sites(self.backend)
+        """The kinds of sites that plans may have in int8."""
+        return quantizable_sites(self.backend) if self.allows("int8") else ()
+
+    def halves(self) -> tuple[str, ...]:
+        """The floats beside fp32 that plans may choose; bf16 only where it is asked for."""
+        wanted = self.precisions or ("fp16",)
+        return tuple(p for p in halves(self.backend) if p in wanted)
+
+    def allows(self, precision: str) -> bool:
+        return not self.precisions or precision in self.precisions
+
+    def check_precisions(self) -> None:
+        """Raises UsageError for a precision that was asked for and is not there."""
+        able = ["fp32", *halves(self.backend)]
+        able += ["int8"] if quantizable_sites(self.backend) else []
+        for precision in self.precisions:
+            if precision not in able:
+                raise UsageError(
+                    "unsupported_precision",
+                    f"precision {precision} on backend {self.backend_name}",
+                    ", ".join(able),
+                    "leave it out of precisions, or name another backend",
+                )
 
     def session(self, plan: Plan) -> Session:
         key = plan.key()
@@ -191,7 +222,7 @@ class Workbench:
 
         key = {
             "plans": {name: plan.key() for name, plan in plans.items()},
-            "device": device(self.threads),
+            "device": self.device(),
             "title": title,
             "buckets": buckets and sorted(buckets),
             **self.sampled(),
@@ -200,6 +231,11 @@ class Workbench:
             "latency", {**key, **self.key(self.base_plan(), split)}, make
         )
         return made
+
+    def device(self) -> dict[str, Any]:
+        """What latencies are measured on: the backend's GPU, else this CPU."""
+        own: dict[str, Any] = getattr(self.backend, "device_facts", dict)()
+        return {**own, "threads": self.threads} if own else device(self.threads)
 
     def sampled(self) -> dict[str, Any]:
         """What measured shapes depend on beside the split: the lengths of the mix's sample."""

@@ -90,6 +90,8 @@ class CupyLauncher:
             got = f"a GPU of compute capability {self._device.compute_capability}"
             raise KernelError("cuda", got, ", ".join(ARCHITECTURES))
         self.multiprocessors = int(self._device.attributes["MultiProcessorCount"])
+        name = cupy.cuda.runtime.getDeviceProperties(device)["name"]
+        self.device_name = name.decode() if isinstance(name, bytes) else str(name)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._functions: dict[tuple[str, str], Any] = {}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 from samp_kernels.cuda import ops
-from samp_kernels.cuda.launcher import Buffer, Launch
-from samp_kernels.cuda.ops import Matrix, Packed, Target, padded, size_of
-from samp_kernels.cuda.tiles import room_for
+from samp_kernels.cuda.launcher import Launch
+from samp_kernels.cuda.ops import Matrix, Packed, Target, padded
+from samp_kernels.cuda.room import HALVES, Room, stream_of
 from samp_kernels.interface import (
     F32,
     GEMM_SITES,
@@ -93,15 +93,8 @@ class _Inputs:
     def places(self) -> tuple[int, int, int, int, int, int, int]:
         """ids, types, positions, bounds, first rows, work list, end."""
         t, b = self.tokens, self.sequences
-        return (
-            0,
-            t,
-            2 * t,
-            3 * t,
-            3 * t + b + 1,
-            3 * t + 2 * b + 1,
-            3 * t + 2 * b + 1 + 2 * self.blocks,
-        )
+        work = 3 * t + 2 * b + 1
+        return (0, t, 2 * t, 3 * t, 3 * t + b + 1, work, work + 2 * self.blocks)
 
     def write(self, block: Array, batch: Batch) -> None:
         ids, types, positions, bounds, firsts, work, end = self.places
@@ -141,20 +134,21 @@ class CudaSession:
         packs: Packs | None = None,
         stream: str | None = None,
     ) -> None:
-        """`stream`: kind of the residual stream; by default fp16 where no site is fp32."""
+        """`stream`: kind of the residual stream; by default fp16 or bf16 where no site is fp32."""
         self._backend = backend
         self._launcher = backend.launcher
         self._config = config
         self._packs: Packs = {} if packs is None else packs
         array = backend.array
-        tables = (array(tensors[f"embeddings.{part}"]) for part in ("word", "position", "type"))
-        self._tables = EmbeddingTables(*tables)
+        self._tables = EmbeddingTables(
+            *(self._table(tensors, part) for part in ("word", "position", "type"))
+        )
         self._table_sizes = EmbeddingTables(
             *(tensors[f"embeddings.{part}"] for part in ("word", "position", "type"))
         )
         self._embedding_ln = self._norm(tensors, "embeddings.ln")
         precisions = {plan.precision(f"layer.{i}.{s}") for i in range(config.layers) for s in SITES}
-        self._stream = stream or ("fp32" if "fp32" in precisions else "fp16")
+        self._stream = stream or stream_of(precisions)
         self._layers = [self._layer(tensors, plan, i) for i in range(config.layers)]
         self._bias = None
         if getattr(config, "position_bias", False):
@@ -164,7 +158,9 @@ class CudaSession:
         self._executed: dict[str, str] = {}
         self._programs: dict[tuple[int, int, str], _Program] = {}
         self._make_room(max(16, max_tokens))
-        if hasattr(self._launcher, "stream"):  # Emulated programs are made when they are met.
+        # A search shares weights among many plans, each run on few shapes: its graphs are made when
+        # they are met, as emulated programs are. A server's are made at start.
+        if packs is None and hasattr(self._launcher, "stream"):
             self._capture_all()
 
     def run(
@@ -203,6 +199,13 @@ class CudaSession:
         self._layers = []
 
     # Weights.
+
+    def _table(self, tensors: Mapping[str, Array], part: str) -> Matrix:
+        key = (f"embeddings.{part}", "fp32", "")
+        if key not in self._packs:
+            self._packs[key] = self._backend.array(tensors[f"embeddings.{part}"])
+        table: Matrix = self._packs[key]
+        return table
 
     def _norm(self, tensors: Mapping[str, Array], name: str) -> LayerNorm:
         array = self._backend.array
@@ -266,31 +269,13 @@ class CudaSession:
         self._programs.clear()
         self._buckets = token_buckets(tokens)
         self._capacity = rows = self._buckets[-1]
-        config, launcher = self._config, self._launcher
-        hidden = config.hidden
         most = _Inputs(rows, round_to(SEQUENCES, min(rows, SEQUENCES[-1])))
-        self._input: Buffer = launcher.allocate(4 * most.places[-1])
-        self._host = launcher.pinned(4 * most.places[-1]).view(np.int32)
-        widths = {
-            "residual": hidden,
-            "sum": hidden,
-            "qkv": 3 * hidden,
-            "context": hidden,
-            "feed": hidden,
-            "ffn": config.ffn,
-        }
-        self._room = {n: launcher.allocate(size_of(rows, w, "fp32")) for n, w in widths.items()}
-        self._token_scale = launcher.allocate(4 * padded(rows))
         classes = self._classifier.packed.shape[0] if self._classifier is not None else 0
-        result = max(size_of(rows, hidden, "fp32"), size_of(rows, classes, "fp32"))
-        self._room["result"] = launcher.allocate(size_of(rows, hidden, "fp32"))
-        self._room["logits"] = launcher.allocate(size_of(rows, max(classes, 1), "fp32"))
-        self._answer = launcher.pinned(result)
-        # Only small products are split over k: where they are not, tiles fill the device.
-        sums, counters = room_for(min(rows, 1024), max(3 * hidden, config.ffn))
-        space = ops.Workspace(launcher.allocate(4 * sums), launcher.allocate(4 * counters))
-        launcher.fill(space.counters, 0, 4 * counters)
-        self._device = self._backend.device(space)
+        key = ("room", f"{rows}", f"{classes}")
+        if key not in self._packs:
+            size = most.places[-1]
+            self._packs[key] = Room(self._backend, self._config, rows, size, classes)
+        self._room: Room = self._packs[key]
 
     def _capture_all(self) -> None:
         for tokens in self._buckets:
@@ -320,9 +305,9 @@ class CudaSession:
         sequences = min(round_to(SEQUENCES, batch.sequences), tokens)
         inputs = _Inputs(tokens, sequences)
         program = self._program(tokens, sequences, output)
-        block = self._host[: inputs.places[-1]]
+        block = self._room.host[: inputs.places[-1]]
         inputs.write(block, batch)
-        self._launcher.to_device(self._input, block)
+        self._launcher.to_device(self._room.input, block)
         return program
 
     def _receive(self, program: _Program, batch: Batch, output: str) -> F32:
@@ -330,8 +315,8 @@ class CudaSession:
         rows = batch.tokens if output == "tokens" else batch.sequences
         result = program.result
         size = rows * result.ld * 4
-        self._launcher.to_host(result.buffer, self._answer[:size], result.offset)
-        whole = np.asarray(self._answer[:size]).view(np.float32).reshape(rows, result.ld)
+        self._launcher.to_host(result.buffer, self._room.answer[:size], result.offset)
+        whole = np.asarray(self._room.answer[:size]).view(np.float32).reshape(rows, result.ld)
         return whole[:, : result.columns].copy()
 
     def _note(self, program: _Program) -> None:
@@ -357,7 +342,7 @@ class _Builder:
     def build(self) -> tuple[tuple[Launch, ...], Matrix]:
         s, tokens = self._s, self._inputs.tokens
         ids, types, positions, bounds, firsts, work, _ = (
-            s._input.pointer + 4 * place for place in self._inputs.places
+            s._room.input.pointer + 4 * place for place in self._inputs.places
         )
         residual = self._matrix("residual", tokens, s._config.hidden, s._stream)
         to, feed = self._target(s._layers[0].qkv, residual)
@@ -368,7 +353,9 @@ class _Builder:
             first_only = last and self._output == "first"
             rows = self._inputs.sequences if first_only else tokens
             prefix = f"layer.{index}"
-            kind = "fp16" if layer.precisions == ("fp16", "fp16") else s._stream
+            scores, context_kind = layer.precisions
+            same = scores == context_kind and scores in HALVES
+            kind = scores if same else s._stream
             qkv = self._matrix("qkv", tokens, 3 * s._config.hidden, kind)
             self._gemm(layer.qkv, feed, qkv)
             context = self._matrix("context", rows, s._config.hidden, layer.out.kind)
@@ -420,30 +407,31 @@ class _Builder:
         return tuple(self._launches), result
 
     def _matrix(self, name: str, rows: int, columns: int, kind: str) -> Matrix:
-        return Matrix(self._s._room[name], 0, (rows, columns), padded(columns), kind)
+        return Matrix(self._s._room.buffers[name], 0, (rows, columns), padded(columns), kind)
 
     def _target(self, site: _Site, residual: Matrix) -> tuple[Target, Matrix]:
         """Both outputs of a layer norm: the residual, and what `site` reads."""
         if site.kind == residual.kind:
             return Target(residual), residual
         feed = self._matrix("feed", residual.rows, residual.columns, site.kind)
-        if site.kind == "fp16":
+        if site.kind in HALVES:
             return Target(residual, halves=feed), feed
         if site.kind == "fp32":
-            raise KernelError("prepare", f"{site.name} fp32 behind fp16", "an fp32 stream")
+            got = f"{site.name} fp32 behind {residual.kind}"
+            raise KernelError("prepare", got, "an fp32 stream")
         if site.scale is not None:
             return Target(residual, integers=feed, scale=site.scale), feed
-        buffer = self._s._token_scale
+        buffer = self._s._room.token_scale
         scales = Matrix(buffer, 0, (residual.rows,), padded(residual.rows), "fp32")
         return Target(residual, integers=feed, token_scale=scales), feed
 
     def _gemm(self, site: _Site, x: Matrix, out: Matrix, **more: Any) -> None:
         row_scale = None
         if site.column_scale is not None and site.scale is None:
-            row_scale = Matrix(self._s._token_scale, 0, (x.rows,), padded(x.rows), "fp32")
+            row_scale = Matrix(self._s._room.token_scale, 0, (x.rows,), padded(x.rows), "fp32")
         self._launches.append(
             ops.gemm(
-                self._s._device,
+                self._s._room.device,
                 x,
                 site.packed,
                 site.bias,

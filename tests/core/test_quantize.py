@@ -134,7 +134,6 @@ def test_the_memo_changes_nothing() -> None:
     ("entry", "code"),
     [
         (SitePlan("fp8", Recipe()), "unsupported_precision"),
-        (SitePlan("bf16"), "unsupported_precision"),
         (SitePlan("bits4", Recipe()), "unsupported_precision"),
         (SitePlan("int8", Recipe(smooth=0.5)), "unsupported_recipe"),
         (SitePlan("int8", Recipe(rounding="adaround")), "unsupported_recipe"),
