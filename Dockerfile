@@ -10,10 +10,13 @@ FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3 AS build
 
 # Address of PyTorch's index of CPU wheels: an image without the CUDA libraries of torch.
 ARG TORCH_INDEX=""
-# The compiler of the native CPU kernels stays behind in this stage.
+# GPU=1 adds CuPy and the CUDA kernels for every architecture; GPU="" leaves both out.
+ARG GPU=1
+# The compilers of the native kernels, for CPU and GPU, stay behind in this stage.
 RUN --mount=type=bind,target=/src apt-get update \
     && apt-get install -y --no-install-recommends g++ python3-dev \
-    && SAMP_NATIVE=require TORCH_INDEX="${TORCH_INDEX}" /src/deploy/install.sh /opt/samp
+    && SAMP_NATIVE=require SAMP_GPU="${GPU}" TORCH_INDEX="${TORCH_INDEX}" \
+        /src/deploy/install.sh /opt/samp
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
 COPY --from=build /opt/samp /opt/samp

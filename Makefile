@@ -42,7 +42,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-tasks bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check gpu-bundle bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-tasks bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,7 +110,10 @@ kernels: $(VENV)/.ok ## compile the CUDA kernels for every architecture (no GPU 
 	@$(BIN)/python -m samp_kernels.cuda.build
 
 gpu-check: ## on a machine with an NVIDIA GPU, CuPy and torch: check and time the CUDA kernels
-	@$(firstword $(wildcard $(BIN)/python) python3) benchmarks/gpu_check.py
+	@$(firstword $(wildcard $(BIN)/python) python3) benchmarks/gpu_check.py $(BENCH)
+
+gpu-bundle: kernels ## build/gpu: all that gpu-check needs where there is no network, at most 64 MiB
+	@$(BIN)/python benchmarks/gpu_bundle.py $(BENCH)
 
 bench: demo-checkpoint peers ## every benchmark (a quiet machine, about an hour)
 	@$(BIN)/python benchmarks/encoder.py

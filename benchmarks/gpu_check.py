@@ -1,11 +1,13 @@
 """Check and time the CUDA kernels on a machine with an NVIDIA GPU: `make gpu-check`.
 
-It needs CuPy, NumPy, the repository's files and either cubins (`make kernels`, carried along) or
-NVRTC or nvcc; torch for the peers, compute-sanitizer where it is found. Weights are random. Every
-step ends with one line; the result goes to benchmarks/results/ as JSON. At most about 8 minutes.
+It needs CuPy, NumPy and the repository's files; cubins (`make kernels`) are carried along, or made
+where NVRTC or nvcc is found; torch for the peers, compute-sanitizer and a Triton where they are
+found (`make gpu-bundle` carries one). Weights are random. Every step is a process of its own, so
+that a fault of the device ends that step alone; the result, JSON in benchmarks/results/, is
+written after each of them. At most 8 minutes.
 
-    --emulate   no GPU: the checks on small shapes through the emulator, no timing (a rehearsal)
-    --ops-only  the checks of single ops on small shapes (what compute-sanitizer runs)
+    --emulate     no GPU: the checks on small shapes through the emulator, no times (a rehearsal)
+    --only STEP   this step alone; repeatable
 
 It has never run on hardware.
 """
@@ -14,330 +16,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_import  # noqa: F401  (before samp_kernels)
-import gpu_peers
-import numpy as np
-from samp_kernels.cuda import ops
-from samp_kernels.cuda.backend import CudaBackend
-from samp_kernels.cuda.session import CudaSession
-from samp_kernels.cuda.tiles import TILES, Choice, room_for
-from samp_kernels.interface import (
-    SITES,
-    EmbeddingTables,
-    EncoderConfig,
-    LayerNorm,
-    Out,
-    QTensor,
-    Weight,
-    pack_batch,
-)
-from samp_kernels.reference import ReferenceBackend, activation
+import gpu_import
+from gpu_report import Report, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
-BUDGET_S = 460.0
-BEGUN = time.monotonic()
-REFERENCE = ReferenceBackend()
-BASE = EncoderConfig("bert", 12, 768, 12, 3072, 1000, 512, 2, 1e-12)
-SMALL = EncoderConfig("bert", 2, 64, 2, 96, 50, 64, 2, 1e-12)
-
-
-@dataclass(frozen=True)
-class Entry:
-    precision: str
-    recipe: Any = None
-
-
-@dataclass(frozen=True)
-class RandomPlan:
-    """What a session reads of a plan."""
-
-    sites: dict[str, Entry]
-
-    def precision(self, site: str) -> str:
-        entry = self.sites.get(site)
-        return entry.precision if entry else "fp32"
-
-
-@dataclass
-class Report:
-    """Lines for the reader and the same as JSON; `failed` decides the exit status."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
-
-    def check(self, name: str, fine: bool, detail: str) -> None:
-        fine = bool(fine)
-        print(f"{'ok  ' if fine else 'FAIL'} {name}: {detail}", flush=True)
-        self.facts.setdefault("checks", []).append({"name": name, "ok": fine, "detail": detail})
-        if not fine:
-            self.failed.append(name)
-
-    def attempt(self, name: str, step: Any, *arguments: Any) -> None:
-        """A step whose failure must not keep the others from running."""
-        try:
-            step(self, *arguments)
-        except Exception as error:
-            self.check(name, False, f"{type(error).__name__}: {error}")
-
-
-def left() -> float:
-    return BUDGET_S - (time.monotonic() - BEGUN)
-
-
-def plan_of(kinds: dict[str, str], layers: int) -> RandomPlan:
-    return RandomPlan({f"layer.{i}.{s}": Entry(p) for i in range(layers) for s, p in kinds.items()})
-
-
-PLANS = {
-    "float fp32": dict.fromkeys(SITES, "fp32"),
-    "float fp16": dict.fromkeys(SITES, "fp16"),
-    "ffn_only int8, rest fp16": {
-        **dict.fromkeys(SITES, "fp16"),
-        "ffn_in": "int8",
-        "ffn_out": "int8",
-    },
-    "full int8": dict.fromkeys(SITES, "int8"),
+ROOT = gpu_import.ROOT
+BUDGET_S = 465.0
+# Each step's share of it, what counts most first.
+STEPS = {
+    "ops": 80.0,
+    "encoder": 70.0,
+    "encoder times": 150.0,
+    "serving": 120.0,
+    "search": 90.0,
+    "product times": 60.0,
+    "sanitizer": 100.0,
 }
+EMULATED = ("ops", "encoder", "serving")
 
 
-def random_tensors(config: EncoderConfig, plan: RandomPlan, seed: int = 0) -> dict[str, Any]:
-    """Random weights of a size that keeps activations of size 1, quantized as the plan says."""
-    rng = np.random.default_rng(seed)
-    h, f = config.hidden, config.ffn
+def open_backend(emulate: bool) -> Any:
+    """The emulator, or the backend on device 0: what it allocates is filled with NaN."""
+    from samp_kernels.cuda.backend import CudaBackend
 
-    def normal(*shape: int, scale: float = 1.0) -> Any:
-        return (rng.standard_normal(shape) * scale).astype(np.float32)
+    if emulate:
+        from samp_kernels.cuda.emulator import CpuLauncher
 
-    found: dict[str, Any] = {
-        "embeddings.word": normal(config.vocab, h),
-        "embeddings.position": normal(config.positions, h),
-        "embeddings.type": normal(config.types, h),
-    }
-    shapes = {"qkv": (3 * h, h), "out": (h, h), "ffn_in": (f, h), "ffn_out": (h, f)}
-    norms = ["embeddings.ln"]
-    for i in range(config.layers):
-        norms += [f"layer.{i}.attention_ln", f"layer.{i}.output_ln"]
-        for site, (n, k) in shapes.items():
-            name = f"layer.{i}.{site}"
-            weight = normal(n, k, scale=1 / math.sqrt(k))
-            found[f"{name}.bias"] = normal(n, scale=0.1)
-            if plan.precision(name) == "int8":
-                scale = np.abs(weight).max(axis=1) / 127
-                weight = np.rint(weight / scale[:, None]).astype(np.int8)
-                found[f"{name}.weight_scale"] = scale.astype(np.float32)
-                found[f"{name}.input_scale"] = np.array([4 / 127], np.float32)
-            found[f"{name}.weight"] = weight
-        scales = {
-            "scores.q": 4 / 127,
-            "scores.k": 4 / 127,
-            "context.p": 1 / 127,
-            "context.v": 4 / 127,
-        }
-        for part, value in scales.items():
-            found[f"layer.{i}.{part}_scale"] = np.array([value], np.float32)
-    for name in norms:
-        found[f"{name}.weight"] = normal(h, scale=0.1) + 1
-        found[f"{name}.bias"] = normal(h, scale=0.1)
-    return found
-
-
-def batch_of(config: EncoderConfig, lengths: list[int], seed: int = 0) -> Any:
-    rng = np.random.default_rng(seed)
-    ids = [rng.integers(0, config.vocab, n).astype(np.int32) for n in lengths]
-    return pack_batch(ids, [np.zeros(n, np.int32) for n in lengths])
-
-
-# Checks against the reference. Outputs stand in memory that was filled with NaN.
-
-
-def relative(b: CudaBackend, got: Any, wanted: Any) -> float:
-    """Largest error over the largest magnitude; NaN counts as infinite."""
-    error = np.abs(b.to_host(got) - wanted).max() / max(float(np.abs(wanted).max()), 1.0)
-    return float(error) if np.isfinite(error) else math.inf
-
-
-def check_gemms(report: Report, b: CudaBackend, small: bool) -> None:
-    rng = np.random.default_rng(time.time_ns())
-    shapes = [(1, 64, 64), (33, 312, 100), (70, 96, 312)]
-    shapes += [] if small else [(128, 768, 3072), (1000, 3072, 768), (4096, 768, 2304)]
-    for t, k, n in shapes:
-        x8, w8 = rng.integers(-127, 128, (t, k)), rng.integers(-127, 128, (n, k))
-        w = (rng.standard_normal((n, k)) / math.sqrt(k)).astype(np.float32)
-        x = rng.standard_normal((t, k)).astype(np.float32)
-        bias, rest = rng.standard_normal(n).astype(np.float32), rng.standard_normal((t, n))
-        sums = (x8.astype(np.float64) @ w8.T.astype(np.float64)) * 2.0**-12
-        packed = b.pack(Weight(w8.astype(np.int8), np.full(n, 2.0**-12, np.float32)), "int8")
-        given = QTensor(b.array(x8, "int8"), 1.0, (t, k))
-        y = b.gemm(given, packed, b.array(np.zeros(n)), out=Out())
-        exact = bool(np.array_equal(b.to_host(y), sums.astype(np.float32)))
-        report.check(f"gemm int8 {t}x{k}x{n}", exact, "bit for bit" if exact else "differs")
-        y = b.gemm(given, packed, b.array(bias), act="gelu", out=Out("int8", 0.05))
-        wanted = np.clip(np.rint(activation(sums + bias, "gelu") / 0.05), -127, 127)
-        off = np.abs(b.to_host(y.data).astype(np.int64) - wanted)
-        share = float((off > 0).mean())
-        report.check(f"  + gelu, to int8 {t}x{k}x{n}", off.max() <= 1, f"{share:.1e} one step away")
-        for precision, most in (("fp16", 4e-3), ("fp32", 1e-5)):
-            y = b.gemm(
-                b.array(x, precision), b.pack(Weight(w), precision), b.array(bias),
-                residual=b.array(rest.astype(np.float32)), out=Out(),
-            )  # fmt: skip
-            error = relative(b, y, x.astype(np.float64) @ w.T + bias + rest.astype(np.float32))
-            report.check(f"gemm {precision} {t}x{k}x{n}", error <= most, f"{error:.1e}")
-
-
-def check_tiles(report: Report, b: CudaBackend, small: bool) -> None:
-    """Every tile and split gives the same int8 sums; fp16 the same in every tile."""
-    rng = np.random.default_rng(time.time_ns())
-    rows, k, n = (70, 560, 136) if small else (300, 768, 768)
-    whole_x, whole_w = rng.integers(-127, 128, (rows, k)), rng.integers(-127, 128, (n, k))
-    for precision in ("int8", "fp16"):
-        scale = np.full(n, 2.0**-12, np.float32) if precision == "int8" else None
-        weight = whole_w.astype(np.int8) if scale is not None else whole_w.astype(np.float32) / 128
-        packed, x = b.pack(Weight(weight, scale), precision), b.array(whole_x, precision)
-        columns, bias = None if scale is None else b.array(scale), b.array(np.zeros(n))
-        found = []
-        for tile in TILES:
-            for splits in (1, 2, 4) if precision == "int8" else (1,):
-                device, out = with_workspace(b, rows, n), b.empty(rows, n, "fp32")
-                choice = Choice(tile, splits)
-                one = ops.gemm(device, x, packed, bias, out, column_scale=columns, choice=choice)
-                for _ in range(2):
-                    b.launcher.launch(one)
-                found.append(b.to_host(out))
-        same = all(np.array_equal(found[0], other) for other in found)
-        report.check(f"tiles {precision}", same, f"{len(found)} tiles and splits bit for bit")
-
-
-def with_workspace(b: CudaBackend, rows: int, n: int) -> Any:
-    sums, counters = room_for(rows, ops.padded(n))
-    space = ops.Workspace(b.launcher.allocate(4 * sums), b.launcher.allocate(4 * counters))
-    b.launcher.fill(space.counters, 0, 4 * counters)
-    return b.device(space)
-
-
-def check_attention(report: Report, b: CudaBackend, small: bool) -> None:
-    rng = np.random.default_rng(time.time_ns())
-    counts = [3, 70, 1, 64] if small else [384, 1, 65, 128, 17, 511]
-    bounds = np.cumsum([0, *counts]).astype(np.int32)
-    scales = {"q": 0.03, "k": 0.03, "v": 0.03, "p": 1 / 127}
-    kinds = [("fp32", "fp32"), ("int8", "fp32"), ("fp32", "int8")]
-    kinds += [(s, c) for s in ("fp16", "int8") for c in ("fp16", "int8")]
-    for dim in (32, 64):
-        heads = 2
-        qkv = rng.standard_normal((sum(counts), 3 * heads * dim)).astype(np.float16)
-        bias = rng.standard_normal((heads, 2 * 512 - 1)).astype(np.float32)
-        for precisions in kinds:
-            more: Any = {"precisions": precisions, "scales": scales, "out": Out()}
-            more["position_bias"] = b.array(bias)
-            args = (b.array(qkv.astype(np.float32)), bounds, max(counts), heads)
-            y = b.attention(*args, **more)
-            more["precisions"] = tuple("fp32" if p == "fp16" else p for p in precisions)
-            more["position_bias"] = bias
-            wanted = REFERENCE.attention(qkv.astype(np.float64), *args[1:], **more)
-            off = np.abs(b.to_host(y) - wanted)
-            most = {"fp32": 1e-5, "fp16": 1e-2, "int8": 4e-3}[precisions[1]]
-            error = float(off.mean() if precisions[1] == "int8" else off.max())
-            name = f"attention {precisions[0]}/{precisions[1]} of {dim}"
-            report.check(name, error <= most, f"{error:.1e}")
-
-
-def check_rows(report: Report, b: CudaBackend, small: bool) -> None:
-    rng = np.random.default_rng(time.time_ns())
-    for width in (7, 312, 768):
-        t = 17 if small else 1000
-        x, rest = rng.standard_normal((t, width)) * 3, rng.standard_normal((t, width))
-        x, rest = x.astype(np.float32), rest.astype(np.float32)
-        gamma, beta = rng.standard_normal((2, width)).astype(np.float32)
-        ln = LayerNorm(b.array(gamma), b.array(beta), 1e-12)
-        total = x.astype(np.float64) + rest
-        wanted, _ = REFERENCE.add_layernorm(total, LayerNorm(gamma, beta, 1e-12), out=Out())
-        y, q = b.add_layernorm(b.array(x), ln, residual=b.array(rest), out=Out("int8", 0.03))
-        error = relative(b, y, wanted)
-        off = np.abs(b.to_host(q.data) - np.clip(np.rint(wanted / 0.03), -127, 127)).max()
-        report.check(f"layer norm {width}", error <= 1e-5 and off <= 1, f"{error:.1e}, {off} steps")
-        tables = [rng.standard_normal((rows, width)).astype(np.float32) for rows in (50, 40, 2)]
-        index = [rng.integers(0, len(table), t).astype(np.int32) for table in tables]
-        ids, positions, kinds = index
-        own = EmbeddingTables(*(b.array(table) for table in tables))
-        y, _ = b.embed_layernorm(ids, kinds, positions, own, ln, Out("int8", "token"))
-        summed = sum(a[i].astype(np.float64) for a, i in zip(tables, index, strict=True))
-        wanted, _ = REFERENCE.add_layernorm(summed, LayerNorm(gamma, beta, 1e-12), out=Out())
-        error = relative(b, y, wanted)
-        report.check(f"embedding {width}", error <= 1e-5, f"{error:.1e}")
-        bounds = np.array([0, 3, 4, t], np.int32)
-        for how in ("first", "mean"):
-            wanted = REFERENCE.pool(x.astype(np.float64), bounds, how)  # type: ignore[arg-type]
-            error = relative(b, b.pool(b.array(x), bounds, how), wanted)  # type: ignore[arg-type]
-            report.check(f"pool {how} {width}", error <= 1e-5, f"{error:.1e}")
-
-
-def check_encoder(report: Report, b: CudaBackend, small: bool) -> None:
-    """Graph equals eager, alone equals in a batch, bit for bit; a small one near the reference."""
-    for name, kinds in PLANS.items():
-        config = SMALL if small else BASE
-        plan = plan_of(kinds, config.layers)
-        tensors = random_tensors(config, plan)
-        session = CudaSession(b, config, tensors, plan, max_tokens=64 if small else 1024)
-        lengths = [7, 1, 30] if small else [128, 1, 77, 384]
-        batch = batch_of(config, lengths)
-        for output in ("first", "mean", "tokens"):
-            y = session.run(batch, output=output)  # type: ignore[arg-type]
-            fine = bool(np.isfinite(y).all())
-            eager = session.run_eagerly(batch, output)  # type: ignore[arg-type]
-            fine &= bool(np.array_equal(y, eager))
-            report.check(f"encoder, {name}, {output}", fine, "graph equals eager")
-        y, begin = session.run(batch), 0
-        for i, n in enumerate(lengths):
-            rows = slice(begin, begin + n)
-            alone = pack_batch([batch.ids[rows]], [batch.types[rows]])
-            fine = bool(np.array_equal(session.run(alone)[0], y[i]))
-            report.check(f"encoder, {name}, sequence {i}", fine, "alone equals in a batch")
-            begin += n
-
-
-def sanitize(report: Report) -> None:
-    """This script's own ops under compute-sanitizer, where it is found."""
-    tool = shutil.which("compute-sanitizer") or shutil.which(
-        "/usr/local/cuda/bin/compute-sanitizer"
-    )
-    if not tool:
-        report.facts["sanitizer"] = "not found"
-        print("     compute-sanitizer: not found", flush=True)
-        return
-    for kind in ("memcheck", "racecheck"):
-        if left() < 150:
-            report.facts[f"sanitizer {kind}"] = "left out: out of time"
-            continue
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__]
-        try:
-            done = subprocess.run(
-                [*command, "--ops-only"], capture_output=True, text=True, timeout=90, check=False
-            )
-        except subprocess.TimeoutExpired:
-            report.facts[f"sanitizer {kind}"] = "did not end in 90 s"
-            continue
-        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-        report.check(f"compute-sanitizer {kind}", done.returncode == 0, " ".join(last))
-
-
-def check_ops(report: Report, b: CudaBackend, small: bool) -> None:
-    for step in (check_gemms, check_tiles, check_attention, check_rows):
-        report.attempt(step.__name__, step, b, small)
-
-
-def open_gpu() -> CudaBackend:
-    """The backend on device 0, its kernels compiled first where they are not there."""
-    from samp_kernels.cuda import build
+        return CudaBackend(CpuLauncher())
     from samp_kernels.cuda.launcher import Buffer, CupyLauncher
 
     class Poisoned(CupyLauncher):
@@ -346,51 +61,173 @@ def open_gpu() -> CudaBackend:
             made.owner.memset_async(0xFF, max(size, 256), self.stream)
             return made
 
-    launcher = Poisoned()
+    return CudaBackend(Poisoned())
+
+
+def run_step(name: str, report: Report, emulate: bool) -> None:
+    """One step, in its own process."""
+    if name == "serving":
+        import gpu_serving
+
+        report.attempt(name, gpu_serving.serve, emulate)
+        return
+    if name == "search":
+        import gpu_serving
+
+        report.attempt(name, gpu_serving.search)
+        return
+    if name == "sanitizer":
+        report.attempt(name, sanitize)
+        return
+    import gpu_checks
+    import gpu_peers
+
+    backend = open_backend(emulate)
+    if name == "ops":
+        gpu_checks.check_ops(report, backend, emulate or "SAMP_SMALL" in os.environ)
+    elif name == "encoder":
+        report.attempt(name, gpu_checks.check_encoder, backend, emulate)
+    elif name == "encoder times":
+        plans = gpu_checks.base_plans()
+        report.attempt(name, gpu_peers.time_encoders, backend, gpu_checks.BASE, plans)
+    else:
+        report.attempt(name, gpu_peers.time_gemms, backend)
+
+
+def sanitize(report: Report) -> None:
+    """The ops of small shapes under compute-sanitizer, where it is found."""
+    usual = "/usr/local/cuda/bin/compute-sanitizer"
+    tool = shutil.which("compute-sanitizer") or shutil.which(usual)
+    if not tool:
+        report.skip("compute-sanitizer", "not found")
+        return
+    for kind in ("memcheck", "racecheck"):
+        if report.left() < 20:
+            report.skip(f"compute-sanitizer {kind}", "out of time")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__]
+            command += ["--step", "ops", "--part", str(Path(folder, "part.json"))]
+            command += ["--seconds", "3600"]
+            code, said = run(command, report.left() - 5, {"SAMP_SMALL": "1"})
+        if code is None:
+            report.skip(f"compute-sanitizer {kind}", "it did not end in time")
+        else:
+            last = " ".join(line for line in said.splitlines() if "=====" in line)[-300:]
+            report.check(f"compute-sanitizer {kind}", code == 0, last or f"exit status {code}")
+
+
+def run(
+    command: list[str], seconds: float, more: dict[str, str] | None = None, show: bool = False
+) -> tuple[int | None, str]:
+    """Exit status (None: stopped after `seconds`) and output; `show`: to the terminal instead."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **(more or {})},
+        stdout=None if show else subprocess.PIPE,
+        stderr=None if show else subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        build.build([launcher.architecture])
-    except build.KernelError as error:
-        print(f"     not compiled here ({error}); the cubins carried along are used", flush=True)
-    return CudaBackend(launcher)
+        said, _ = process.communicate(timeout=max(seconds, 1.0))
+        return process.returncode, said or ""
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return None, said or ""
+
+
+def prepare(facts: dict[str, Any], emulate: bool) -> str:
+    """Unpack a bundle, and compile what no cubin was carried for; "" or what is in the way."""
+    if gpu_import.BUNDLE.is_dir():
+        import gpu_bundle
+
+        for folder in gpu_bundle.unpack():
+            gpu_import.add_path(str(folder))
+    if emulate:
+        facts["device"] = "none: emulated, which proves results and times nothing"
+        return ""
+    import gpu_peers
+    from samp_kernels.cuda import build, missing
+
+    facts |= gpu_peers.device_facts(ROOT)
+    if "no cubin" in missing():
+        from samp_kernels.cuda.launcher import CupyLauncher
+
+        try:
+            build.build([CupyLauncher().architecture])
+        except build.KernelError as error:
+            return str(error)
+    missing.cache_clear()
+    return missing()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--emulate", action="store_true")
-    parser.add_argument("--ops-only", action="store_true")
+    parser.add_argument("--only", action="append", choices=STEPS)
     parser.add_argument("--out", type=Path, help="the JSON; default: in benchmarks/results")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("--part", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    report = Report({"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()})
-    if options.emulate:
-        from samp_kernels.cuda.emulator import CpuLauncher
+    begun = time.monotonic()
+    if options.step:
+        report = Report(options.part, begun + options.seconds)
+        run_step(options.step, report, options.emulate)
+        report.note("ended", True)
+        return 1 if report.failed else 0
 
-        backend = CudaBackend(CpuLauncher())
-        report.facts["device"] = "none: emulated, which proves results and times nothing"
-    else:
-        backend = open_gpu()
-        report.facts |= gpu_peers.device_facts(ROOT)
-    small = options.emulate or options.ops_only
-    check_ops(report, backend, small)
-    if not options.ops_only:
-        report.attempt("encoder", check_encoder, backend, options.emulate)
-    if not small:
-        report.attempt("sanitizer", sanitize)
-        makers = {
-            name: (plan_of(kinds, BASE.layers), random_tensors(BASE, plan_of(kinds, BASE.layers)))
-            for name, kinds in PLANS.items()
-        }
-        report.attempt("gemm times", gpu_peers.time_gemms, backend, left)
-        report.attempt("encoder times", gpu_peers.time_encoders, backend, BASE, makers, left)
-    report.facts["seconds"] = round(time.monotonic() - BEGUN, 1)
-    if not options.ops_only:
-        device = "emulated" if options.emulate else gpu_peers.short_name(report.facts)
-        default = ROOT / "benchmarks" / "results" / f"{report.facts['date']}-gpu-{device}.json"
-        path = options.out or default
-        path.write_text(json.dumps(report.facts, indent=1) + "\n", encoding="utf-8")
-        print(f"     {path}")
-    count = len(report.facts.get("checks", []))
-    print(f"{count - len(report.failed)} of {count} checks passed, {report.facts['seconds']} s")
-    return 1 if report.failed else 0
+    facts: dict[str, Any] = {
+        "schema": 1,
+        "suite": "gpu-check",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+    }
+    trouble = prepare(facts, options.emulate)
+    import gpu_peers
+
+    device = "emulated" if options.emulate else gpu_peers.short_name(facts)
+    path = options.out or ROOT / "benchmarks" / "results" / f"{facts['date']}-gpu-{device}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if trouble:
+        print(f"gpu-check: {trouble}", file=sys.stderr)
+        return 1
+    facts["steps"] = {}
+    wanted = options.only or (EMULATED if options.emulate else STEPS)
+    for name in wanted:
+        left = BUDGET_S - (time.monotonic() - begun)
+        facts["steps"][name] = one_step(name, left, options.emulate)
+        facts["seconds"] = round(time.monotonic() - begun, 1)
+        write_json(path, facts)
+    checks = [c for step in facts["steps"].values() for c in step.get("checks", [])]
+    good = sum(check["ok"] for check in checks)
+    ended = all(step["ended"] for step in facts["steps"].values())
+    print(f"     {path}\n{good} of {len(checks)} checks passed, {facts['seconds']} s")
+    return 0 if checks and ended and good == len(checks) else 1
+
+
+def one_step(name: str, left: float, emulate: bool) -> dict[str, Any]:
+    """Run it; what it found, also when it died: `ended` says whether it came to its end."""
+    begun = time.monotonic()
+    seconds = STEPS[name] * 4 if emulate else min(STEPS[name], left)
+    if seconds < 15:
+        print(f"     {name}: left out, out of time", flush=True)
+        return {"ended": True, "left_out": {name: "out of time"}}
+    print(f"     {name}:", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder, "part.json")
+        command = [sys.executable, __file__, "--step", name, "--part", str(part)]
+        command += ["--seconds", str(seconds - 5), *(["--emulate"] if emulate else [])]
+        code, _ = run(command, seconds, show=True)
+        found = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {}
+    ended = found.pop("ended", False)
+    if not ended:
+        print(f"FAIL {name}: ended with {code if code is not None else 'the time'}", flush=True)
+    spent = round(time.monotonic() - begun, 1)
+    return {"ended": ended, "exit_status": code, "seconds": spent, **found}
 
 
 if __name__ == "__main__":

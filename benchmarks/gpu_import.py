@@ -1,4 +1,5 @@
-"""`samp_kernels` for gpu_check.py on a machine where this package is not installed."""
+"""The repository's packages for gpu_check.py where they are not installed, from the checkout or
+the bundle (gpu_bundle.py) that this file lies in."""
 
 from __future__ import annotations
 
@@ -14,20 +15,36 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+LINKS = {
+    "samp_kernels": "kernels",
+    "samp_client": "client",
+    "samp_core": "samp_core",
+    "samp_templates": "model_repository/templates",
+}
+BUNDLE = ROOT / "bundle"
 
 
-def import_kernels() -> None:
-    """`samp_kernels` from the checkout, where the package is not installed; a scipy of one function
-    where there is none (reference.py takes erf from it)."""
-    if importlib.util.find_spec("samp_kernels") is None:
-        place = tempfile.mkdtemp()
-        os.symlink(ROOT / "kernels", Path(place, "samp_kernels"))
-        sys.path.insert(0, place)
-        os.environ["PYTHONPATH"] = place + os.pathsep + os.environ.get("PYTHONPATH", "")
+def import_packages() -> None:
+    """Put them on sys.path and on PYTHONPATH, where Triton's model processes find them. A scipy of
+    one function stands in where there is none: reference.py takes erf from it."""
+    links = {n: p for n, p in LINKS.items() if importlib.util.find_spec(n) is None}
+    if links:
+        place = os.environ.get("SAMP_LINKS") or tempfile.mkdtemp(prefix="samp-links-")
+        os.environ["SAMP_LINKS"] = place
+        for name, folder in links.items():
+            if (ROOT / folder).is_dir() and not os.path.lexists(Path(place, name)):
+                os.symlink(ROOT / folder, Path(place, name))
+        add_path(place)
     if importlib.util.find_spec("scipy") is None:
         special: Any = types.ModuleType("scipy.special")
         special.erf = np.vectorize(math.erf, otypes=[float])
         sys.modules["scipy"], sys.modules["scipy.special"] = types.ModuleType("scipy"), special
 
 
-import_kernels()
+def add_path(folder: str) -> None:
+    sys.path.insert(0, folder)
+    known = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = folder + (os.pathsep + known if known else "")
+
+
+import_packages()

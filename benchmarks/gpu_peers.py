@@ -57,7 +57,7 @@ def timed(stream: Any, call: Callable[[], Any], rounds: int = ROUNDS) -> float:
     return float(statistics.median(times[5:]))
 
 
-def time_gemms(report: Any, b: Any, left: Callable[[], float]) -> None:
+def time_gemms(report: Any, b: Any) -> None:
     """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest."""
     from samp_kernels.cuda import ops
     from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for
@@ -66,7 +66,7 @@ def time_gemms(report: Any, b: Any, left: Callable[[], float]) -> None:
     rng, stream, rows_found = np.random.default_rng(0), b.launcher.stream, []
     for rows in (128, 1024, 4096):
         for site, (n, k) in SITES.items():
-            if left() < 200:
+            if report.left() < 8:
                 print("     products: the rest is left out, out of time", flush=True)
                 break
             for precision in ("int8", "fp16"):
@@ -108,7 +108,7 @@ def time_gemms(report: Any, b: Any, left: Callable[[], float]) -> None:
                     f"best {times[best]:.1f} {best}, torch without epilogue {peer or math.nan:.1f}",
                     flush=True,
                 )
-    report.facts["gemms"] = rows_found
+    report.note("gemms", rows_found)
 
 
 def _launcher(b: Any, one: Any) -> Callable[[], None]:
@@ -137,7 +137,6 @@ def time_encoders(
     b: Any,
     config: Any,
     makers: dict[str, tuple[Any, dict[str, Any]]],
-    left: Callable[[], float],
 ) -> None:
     """SAMP's table: each plan, BERT-base's shape; the graph on the device and `run` as called."""
     from samp_kernels.cuda.session import CudaSession
@@ -166,14 +165,16 @@ def time_encoders(
                 spent = sorted(session.profile(batch), key=lambda one: -one[2])[:8]
                 row[f"{name}, longest"] = [(op, site, s * 1e6) for op, site, s in spent]
             session.close()
-        row |= _torch_encoder(config, lengths, left)
+        report.note("encoders", [*found, row])
+        # What is left is shared by the cases to come; compiling takes most of it.
+        row |= _torch_encoder(config, lengths, report.left() / (len(cases) - len(found)))
         found.append(row)
-        report.facts["encoders"] = found
+        report.note("encoders", found)
         shown = ", ".join(f"{k} {v:.0f}" for k, v in row.items() if k.endswith("us") and v)
         print(f"     {case}: {shown}", flush=True)
 
 
-def _torch_encoder(config: Any, lengths: list[int], left: Callable[[], float]) -> dict[str, Any]:
+def _torch_encoder(config: Any, lengths: list[int], seconds: float) -> dict[str, Any]:
     """The same encoder in torch fp16, padded, eager and compiled with CUDA graphs."""
     try:
         import cupy
@@ -217,8 +218,8 @@ def _torch_encoder(config: Any, lengths: list[int], left: Callable[[], float]) -
     found: dict[str, Any] = {}
     with torch.inference_mode():
         found["torch fp16 eager, us"] = timed(stream, lambda: model(x, mask))
-        mode = "max-autotune" if left() > 150 else "reduce-overhead"
-        if left() < 60:
+        mode = "max-autotune" if seconds > 25 else "reduce-overhead"
+        if seconds < 10:
             return {**found, "torch.compile": "left out: out of time"}
         try:
             compiled = torch.compile(model, mode=mode, dynamic=False)

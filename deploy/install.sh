@@ -5,7 +5,8 @@
 #
 # The Dockerfile and CI run these same steps. PYTHON names the interpreter (its pip is used),
 # TORCH_INDEX the address of PyTorch's index of CPU wheels, for a torch without CUDA. A C++ compiler
-# builds the native CPU kernels; SAMP_NATIVE=require lets the install fail without them.
+# builds the native CPU kernels; SAMP_NATIVE=require lets the install fail without them. SAMP_GPU=1
+# adds CuPy and the CUDA kernels, compiled for every architecture; no GPU is needed for that.
 set -euo pipefail
 
 venv=${1:?usage: deploy/install.sh VENV}
@@ -24,7 +25,12 @@ grep -v '^numpy==' "$root/constraints.txt" > "$source/constraints.txt"
 "$python" -m venv --without-pip "$venv"
 "$python" -m pip --python "$venv/bin/python" install --no-cache-dir --disable-pip-version-check \
     --quiet --constraint "$source/constraints.txt" \
-    ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch==2.13.0 "$source[serve]"
+    ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch==2.13.0 \
+    "$source[serve${SAMP_GPU:+,gpu}]"
+if [ -n "${SAMP_GPU:-}" ]; then
+    PIP="$python -m pip" "$root/deploy/compile_kernels.sh" \
+        "$venv/bin/python" "$source/constraints.txt"
+fi
 "$venv/bin/python" -I -c 'import samp_core.serving, samp_core.text, samp_core.heads'
 "$venv/bin/python" -I -c 'import samp_core.encoder, samp_kernels.onednn, samp_templates'
 "$venv/bin/python" -I -c 'from samp_kernels.cpu import state; print("backend cpu:", state())'

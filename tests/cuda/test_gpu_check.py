@@ -1,49 +1,145 @@
-"""`make gpu-check` without a GPU: its script, from its files alone, through the emulator."""
+"""`make gpu-check` and its bundle without a GPU: from their files alone, through the emulator."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from typing import Any
 
+import pytest
 from emulated import needs_compiler
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = "benchmarks/gpu_check.py"
-CARRIED = ("kernels", SCRIPT, "benchmarks/gpu_import.py", "benchmarks/gpu_peers.py")
+BUNDLE = ROOT / "build" / "gpu"
+# Neither samp_kernels nor samp_core of the environment: only what was carried.
+ALONE = (
+    "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
+    "sys.path[:] = [p for p in sys.path if 'editable' not in p]\n"
+)
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Any:
+    """The scripts' modules by name."""
+
+    def module(name: str) -> Any:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+        try:
+            return importlib.import_module(name)
+        finally:
+            sys.path.remove(str(ROOT / "benchmarks"))
+
+    return module
+
+
+@pytest.fixture(scope="module")
+def bundler(benchmarks: Any) -> Any:
+    return benchmarks("gpu_bundle")
+
+
+@pytest.fixture(scope="module")
+def carried(bundler: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository's own files of a bundle, in an empty folder."""
+    folder: Path = tmp_path_factory.mktemp("carried")
+    for path in bundler.own_files():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes((ROOT / path).read_bytes())
+    (folder / "sitecustomize.py").write_text(ALONE)
+    return folder
+
+
+def check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """gpu_check of that folder: exit status, result, output."""
+    out = folder / "result.json"
+    script = str(folder / "benchmarks" / "gpu_check.py")
+    environment = {
+        **os.environ,
+        "SAMP_EMULATED": str(ROOT / "kernels" / "cuda" / "emulated"),
+        "PYTHONPATH": str(folder),
+    }
+    done = subprocess.run(
+        [sys.executable, script, "--out", str(out), *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    facts = json.loads(out.read_text()) if out.is_file() else {}
+    return done.returncode, facts, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @needs_compiler
-def test_the_script_runs_from_its_files_alone(tmp_path: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__", "cubins", "cpu", "emulated")
-    for name in CARRIED:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
-        else:
-            shutil.copyfile(ROOT / name, tmp_path / name)
-    carried = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert carried < 2 << 20
-    out = tmp_path / "result.json"
-    # Neither samp_kernels nor samp_core of the environment: only what was carried.
-    code = (
-        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)];"
-        "sys.path[:] = [p for p in sys.path if 'editable' not in p];"
-        f"sys.argv[0] = {str(tmp_path / SCRIPT)!r}; import runpy;"
-        f"sys.path.insert(0, {str(tmp_path / 'benchmarks')!r});"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, "--emulate", "--out", str(out)]
-    environment = {**os.environ, "SAMP_EMULATED": str(ROOT / "kernels" / "cuda" / "emulated")}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    facts = json.loads(out.read_text())
+def test_the_script_runs_from_its_files_alone(carried: Path) -> None:
+    code, facts, said = check(carried, "--emulate", "--only", "ops", "--only", "encoder")
+    assert code == 0, said
     assert "emulated" in facts["device"]
-    assert len(facts["checks"]) > 60
-    assert all(check["ok"] for check in facts["checks"])
-    assert "encoders" not in facts
+    checks = [c for step in facts["steps"].values() for c in step["checks"]]
+    assert len(checks) > 60
+    assert all(check["ok"] for check in checks)
+
+
+@needs_compiler
+def test_a_real_triton_serves_its_tiers(carried: Path) -> None:
+    if importlib.util.find_spec("pytriton") is None:
+        pytest.skip("no embedded Triton: make venv")
+    code, facts, said = check(carried, "--emulate", "--only", "serving")
+    assert code == 0, said
+    step = facts["steps"]["serving"]
+    names = [check["name"] for check in step["checks"]]
+    assert sum("SCORES" in name for name in names) == 4
+    assert sum("load on" in name for name in names) == 4
+    assert step["ab"]["n"] == 48
+    assert {tier["name"] for tier in step["tiers"]} == {"cpu", "exact", "half", "fast"}
+
+
+def test_without_a_gpu_it_says_so(carried: Path) -> None:
+    if importlib.util.find_spec("cupy") is not None:
+        pytest.skip("CuPy is here")
+    code, facts, said = check(carried)
+    assert code == 1
+    assert facts == {}
+    assert "CuPy is not installed" in said
+
+
+def test_a_step_that_dies_keeps_what_it_found(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import json, os, pathlib, sys\n"
+        "part = pathlib.Path(sys.argv[sys.argv.index('--part') + 1])\n"
+        "part.write_text(json.dumps({'checks': [{'name': 'one', 'ok': True, 'detail': ''}]}))\n"
+        "os.abort()\n"
+    )
+    monkeypatch.setattr(benchmarks("gpu_check"), "__file__", str(script))
+    found = benchmarks("gpu_check").one_step("ops", 60.0, False)
+    assert found["ended"] is False
+    assert found["exit_status"] == -6
+    assert [check["name"] for check in found["checks"]] == ["one"]
+    assert "left_out" in benchmarks("gpu_check").one_step("ops", 3.0, False)
+
+
+def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
+    if not (BUNDLE / "bundle" / "bundle.json").is_file():
+        pytest.skip("no build/gpu: make gpu-bundle (it downloads wheels)")
+    assert bundler.size_of(BUNDLE) <= bundler.LIMIT
+    listed = json.loads((BUNDLE / "bundle" / "bundle.json").read_text())["files"]
+    there = {str(p.relative_to(BUNDLE)): p for p in BUNDLE.rglob("*") if p.is_file()}
+    del there["bundle/bundle.json"]
+    assert set(there) == set(listed)
+    for name, path in there.items():
+        assert bundler.sha256(path) == listed[name], name
+    with tarfile.open(BUNDLE / "bundle" / "site.tar.xz") as archive:
+        names = archive.getnames()
+    for needed in (
+        "site/sitecustomize.py", "site/pytriton/tritonserver/bin/tritonserver",
+        "numpy1/numpy/__init__.py", "site/pydantic/__init__.py", "site/tokenizers/__init__.py",
+        "site/tritonclient/__init__.py", "site/grpc/__init__.py",
+    ):  # fmt: skip
+        assert needed in names
+    stubs = [name for name in names if name.endswith("triton_python_backend_stub")]
+    assert len(stubs) == 1
+    assert not any("libpython" in name for name in names)

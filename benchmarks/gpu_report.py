@@ -1,0 +1,58 @@
+"""What gpu_check.py finds: lines for the reader, and JSON that is written after every line."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Report:
+    """`failed` decides the exit status; `deadline` is time.monotonic()'s."""
+
+    path: Path
+    deadline: float
+    facts: dict[str, Any] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def check(self, name: str, fine: bool, detail: str) -> None:
+        fine = bool(fine)
+        print(f"{'ok  ' if fine else 'FAIL'} {name}: {detail}", flush=True)
+        self.facts.setdefault("checks", []).append({"name": name, "ok": fine, "detail": detail})
+        if not fine:
+            self.failed.append(name)
+        self.save()
+
+    def note(self, name: str, value: Any) -> None:
+        """A fact that is no check."""
+        self.facts[name] = value
+        self.save()
+
+    def skip(self, name: str, why: str) -> None:
+        """What was left out, and why."""
+        print(f"     {name}: left out, {why}", flush=True)
+        self.facts.setdefault("left_out", {})[name] = why
+        self.save()
+
+    def attempt(self, name: str, step: Any, *arguments: Any) -> None:
+        """A step whose failure must not keep the others from running."""
+        try:
+            step(self, *arguments)
+        except Exception as error:
+            self.check(name, False, f"{type(error).__name__}: {error}")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def save(self) -> None:
+        write_json(self.path, self.facts)
+
+
+def write_json(path: Path, facts: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
