@@ -128,7 +128,7 @@ def draw(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     points = sorted(found["points"], key=lambda p: float(p["rate"]))
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=130)
@@ -139,28 +139,22 @@ def draw(
     broken = [point for point in broken if point[1] is not None]
     if broken:
         axes.plot(*zip(*broken, strict=True), "x", markersize=9, color="#b00020", label="broken")
-    axes.axhline(target.ms, color="#555", linestyle="--", linewidth=1)
-    axes.annotate(
-        str(target), (0.01, target.ms), xycoords=("axes fraction", "data"), color="#555",
-        xytext=(0, 4), textcoords="offset points", fontsize=9,
-    )  # fmt: skip
+    axes.axhline(target.ms, color="#555", linestyle="--", linewidth=1, label=str(target))
     if found["rate"]:
         state = "confirmed" if found["confirmed"] else "not confirmed"
-        axes.axvline(found["rate"], color="#2e7d32", linewidth=1)
-        axes.annotate(
-            f"{found['rate']:g}/s, {state}", (found["rate"], 0.97), color="#2e7d32", fontsize=9,
-            xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points",
-            ha="right", va="top", rotation=90,
-        )  # fmt: skip
+        label = f"{found['rate']:g}/s, {state}"
+        axes.axvline(found["rate"], color="#2e7d32", linewidth=1, label=label)
     axes.set_yscale("log")
     axes.set_xlim(left=0)
     axes.set_xlabel("offered requests a second (Poisson)")
     axes.set_ylabel("response time, ms")
+    # Within one decade, as most curves are, the powers of ten would be a single mark.
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set_title(title, fontsize=11)
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=9)
     figure.tight_layout()
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
