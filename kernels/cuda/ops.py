@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,12 +11,22 @@ from typing import Any
 import numpy as np
 from samp_kernels.cuda.formats import BYTES, KINDS, check_precision
 from samp_kernels.cuda.launcher import Buffer, Launch, Scalar
-from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, shared_bytes
-from samp_kernels.cuda.units import ATTENTIONS, HEAD_DIMS, attention_unit, gemm_unit, number
+from samp_kernels.cuda.tiles import (
+    ALL_TILES,
+    SLICE,
+    TILE_ORDER,
+    Choice,
+    GroupTile,
+    Product,
+    choose,
+    shared_bytes,
+)
+from samp_kernels.cuda.units import ATTENTIONS, HEAD_DIMS, WGMMA, attention_unit, gemm_unit, number
 from samp_kernels.interface import (
     ACTIVATIONS,
     F32,
     I32,
+    Array,
     EmbeddingTables,
     KernelError,
     LayerNorm,
@@ -81,10 +92,33 @@ class Packed:
     data: Matrix
     precision: str
     scale: F32 | None
+    tiled: Buffer | None = None
+    """The same in tile order (`in_tiles`), where wgmma may read it."""
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.data.rows, self.data.columns
+
+
+def wants_tiles(architecture: str, precision: str) -> bool:
+    """Whether a weight is packed in tile order too, and so wgmma may run: SAMP_WGMMA=0 forbids."""
+    allowed = os.environ.get("SAMP_WGMMA", "1") != "0"
+    return allowed and architecture == "sm_90a" and precision in WGMMA
+
+
+def in_tiles(weight: Array) -> Array:
+    """A weight of bytes [out, in] in the order in which wgmma's tiles read it (gemm_wgmma.cu).
+
+    [blocks of 128 rows][slices of 128 bytes][row][byte], zeros behind its end, and the 16-byte
+    chunk c of row r at c ^ (r % 8).
+    """
+    rows, columns = weight.shape
+    blocks, slices = -(-rows // TILE_ORDER), -(-columns // SLICE)
+    whole = np.zeros((blocks * TILE_ORDER, slices * SLICE), dtype=np.uint8)
+    whole[:rows, :columns] = weight.view(np.uint8)
+    chunks = whole.reshape(blocks, TILE_ORDER, slices, SLICE // 16, 16).transpose(0, 2, 1, 3, 4)
+    row, chunk = np.ogrid[:TILE_ORDER, : SLICE // 16]
+    return np.ascontiguousarray(chunks[:, :, row, chunk ^ (row & 7)]).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -152,6 +186,7 @@ def gemm(
 ) -> Launch:
     """act(x W^T + bias) + residual, to `out`'s kind. `residual_rows`: address of the residual's row
     of each row; 0: the same. `choice` wins over tiles.py."""
+    check_precision(packed.precision, device.sm)
     rows, width = x.rows, out.ld
     tail = (
         _at(bias),
@@ -181,12 +216,28 @@ def gemm(
         values: Arguments = (*head, *tail)
         ran = ("fp32",)
         return Launch("gemm_fp32", "gemm_f32", grid, 256, shared, values, "gemm", site, ran)
-    check_precision(packed.precision, device.sm)
     each = BYTES[packed.precision]
     product = Product(rows, width, x.columns * each, packed.precision)
-    chosen = choice or choose(product, device.sm, device.multiprocessors)
-    tile, splits = TILES[chosen.tile], chosen.splits
+    tiled = packed.tiled is not None
+    chosen = choice or choose(product, device.sm, device.multiprocessors, tiled=tiled)
+    tile, splits = ALL_TILES[chosen.tile], chosen.splits
     grid = (-(-width // tile.n), -(-rows // tile.m), splits)
+    unit, ran = gemm_unit(packed.precision, chosen.tile), (packed.precision,)
+    shared = shared_bytes(tile, device.sm)
+    scales = (_at(row_scale), _at(column_scale))
+    if isinstance(tile, GroupTile):
+        if packed.tiled is None or splits > 1:
+            raise KernelError("gemm", f"{chosen}", "a weight in tile order, not split")
+        values = (
+            _at(x),
+            np.int32(x.ld * each),
+            np.uint64(packed.tiled.pointer),
+            np.int32(packed.data.rows),
+            np.int32(x.columns * each),
+            *scales,
+            *tail,
+        )
+        return Launch(unit, "gemm_wgmma", grid, tile.threads, shared, values, "gemm", site, ran)
     sums = counters = 0
     if splits > 1:
         space = device.workspace
@@ -205,24 +256,13 @@ def gemm(
         np.int32(packed.data.ld * each),
         np.int32(packed.data.rows),
         np.int32(x.columns * each),
-        _at(row_scale),
-        _at(column_scale),
+        *scales,
         *tail,
         np.int32(splits),
         np.uint64(sums),
         np.uint64(counters),
     )
-    return Launch(
-        gemm_unit(packed.precision, chosen.tile),
-        "gemm",
-        grid,
-        tile.threads,
-        shared_bytes(tile, device.sm),
-        values,
-        "gemm",
-        site,
-        (packed.precision,),
-    )
+    return Launch(unit, "gemm", grid, tile.threads, shared, values, "gemm", site, ran)
 
 
 def attention(

@@ -1,7 +1,8 @@
 """Which tile of the tensor-core GEMM runs a product, and over how many blocks k is split.
 
 A pure function of the product and the device. Its figures are rough rates of the hardware, read
-nowhere but here; `MEASURED` wins where a measurement was made.
+nowhere but here; `MEASURED` wins where a measurement was made. A tile is one of mma.sync (gemm.cu)
+or, on sm_90a with a weight in tile order, one of wgmma (gemm_wgmma.cu).
 """
 
 from __future__ import annotations
@@ -38,8 +39,47 @@ TILES = {
 }
 
 
-def stages(tile: Tile, sm: int) -> int:
-    """Slices in flight: two before sm_80, which copies at once; else two blocks shall fit."""
+@dataclass(frozen=True)
+class GroupTile:
+    """m x n of the result, by m / 64 warpgroups and four warps that copy for them."""
+
+    m: int
+    n: int
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.m // 64 + 1)
+
+    def stage_bytes(self) -> int:
+        return (self.m + self.n) * SLICE
+
+
+GROUP_TILES = {
+    "wgmma_64x128": GroupTile(64, 128),
+    "wgmma_128x128": GroupTile(128, 128),
+    "wgmma_128x256": GroupTile(128, 256),
+}
+ALL_TILES: dict[str, Tile | GroupTile] = {**TILES, **GROUP_TILES}
+TILE_ORDER = 128
+"""Rows of one block of a weight in tile order."""
+
+
+def tiles_of(precision: str, tiled: bool) -> tuple[str, ...]:
+    """What may run a product; `tiled`: with a weight in tile order.
+
+    Floats must not depend on how many rows there are, and wgmma's e4m3 sums may differ from those
+    of mma.sync: where the weight is in tile order, all are wgmma's. int8's are the same anyhow.
+    """
+    if tiled and precision == "fp8":
+        return tuple(GROUP_TILES)
+    return (*TILES, *GROUP_TILES) if tiled else tuple(TILES)
+
+
+def stages(tile: Tile | GroupTile, sm: int) -> int:
+    """Slices in flight: two before sm_80, which copies at once; else two blocks shall fit. wgmma:
+    one block, of 192 KiB."""
+    if isinstance(tile, GroupTile):
+        return 192 * 1024 // tile.stage_bytes()
     if sm < 80:
         return 2
     for count in (4, 3):
@@ -48,8 +88,11 @@ def stages(tile: Tile, sm: int) -> int:
     return 3
 
 
-def shared_bytes(tile: Tile, sm: int) -> int:
-    """The pipeline's, and afterwards the block's sums in the same place."""
+def shared_bytes(tile: Tile | GroupTile, sm: int) -> int:
+    """The pipeline's, and afterwards the block's sums in the same place; wgmma: two barriers of 8
+    bytes a stage behind it."""
+    if isinstance(tile, GroupTile):
+        return stages(tile, sm) * (tile.stage_bytes() + 16)
     return max(stages(tile, sm) * tile.stage_bytes(), tile.m * tile.n * 4)
 
 
@@ -78,31 +121,44 @@ def choose(
     sm: int,
     multiprocessors: int,
     measured: dict[tuple[int, Product], Choice] | None = None,
+    *,
+    tiled: bool = False,
 ) -> Choice:
     """The tile and the split with the least estimated time, the larger tile where two are equal.
 
     Only int8 is split: its sums are exact, so the split never shows in a result; a float's would.
+    wgmma's tiles are not split, and int8 leaves them where they would not be full.
     """
+    allowed = tiles_of(product.precision, tiled)
     known = (MEASURED if measured is None else measured).get((sm, product))
-    if known is not None:
+    if known is not None and known.tile in allowed:
         return known
-    best, least = Choice("128x128"), float("inf")
-    for name in TILES:
-        for splits in (1, 2, 4, 8) if product.precision == "int8" else (1,):
+    best, least = Choice(allowed[0]), float("inf")
+    for name in allowed:
+        tile = ALL_TILES[name]
+        grouped = isinstance(tile, GroupTile)
+        if grouped and product.precision == "int8" and not _fills(product, tile):
+            continue
+        for splits in (1, 2, 4, 8) if product.precision == "int8" and not grouped else (1,):
             cost = estimate(product, name, splits, multiprocessors)
             if cost < least:
                 best, least = Choice(name, splits), cost
     return best
 
 
+def _fills(product: Product, tile: Tile | GroupTile) -> bool:
+    return product.rows >= tile.m and product.width >= tile.n
+
+
 def estimate(product: Product, name: str, splits: int, multiprocessors: int) -> float:
     """Cycles, roughly: waves of blocks, each of slices that are bound by products or by copies."""
-    tile = TILES[name]
+    tile = ALL_TILES[name]
     blocks = -(-product.rows // tile.m) * -(-product.width // tile.n) * splits
     slices = -(-product.k_bytes // SLICE)
     if splits > slices:
         return float("inf")
-    multiply = tile.m * tile.n * SLICE / (2048 * SLICE / 128)  # 2,048 int8 MACs a cycle
+    rate = 4096 if isinstance(tile, GroupTile) else 2048  # int8 MACs a cycle
+    multiply = tile.m * tile.n * SLICE / rate
     copy = tile.stage_bytes() / 48
     waves = -(-blocks // multiprocessors)
     fixed = 600 + (tile.m * tile.n) / 16  # to fill the pipeline, to write the result

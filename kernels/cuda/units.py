@@ -8,12 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from samp_kernels.cuda.formats import KINDS, has
-from samp_kernels.cuda.tiles import TILES, stages
+from samp_kernels.cuda.tiles import ALL_TILES, GROUP_TILES, TILES, stages
 from samp_kernels.interface import UnsupportedPrecision
 
 SOURCES = Path(__file__).parent / "src"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 HEAD_DIMS = (32, 64)
+WGMMA = ("int8", "fp8")
+"""Precisions that have tiles of wgmma, on sm_90a."""
 ATTENTIONS = (
     ("int8", "int8"),
     *((f, c) for f in ("fp16", "bf16") for c in (f, "int8")),
@@ -25,7 +27,7 @@ ATTENTIONS = (
 @dataclass(frozen=True)
 class Unit:
     """One compilation. `kernels`: the entry points that it holds; `tile`: of a GEMM;
-    `precisions`: what an architecture must multiply to have it."""
+    `precisions`: what an architecture must multiply to have it; `only`: the one that has it."""
 
     name: str
     source: str
@@ -33,8 +35,11 @@ class Unit:
     defines: tuple[tuple[str, int], ...] = ()
     tile: str = ""
     precisions: tuple[str, ...] = ()
+    only: str = ""
 
     def runs_on(self, architecture: str) -> bool:
+        if self.only not in ("", architecture):
+            return False
         return all(has(precision, number(architecture)) for precision in self.precisions)
 
 
@@ -54,6 +59,12 @@ def all_units() -> tuple[Unit, ...]:
             )
             unit = gemm_unit(precision, name)
             units.append(Unit(unit, "gemm.cu", ("gemm",), defines, name, (precision,)))
+    for precision in WGMMA:
+        for name, group in GROUP_TILES.items():
+            defines = (("ELEMENT", KINDS[precision]), ("TILE_M", group.m), ("TILE_N", group.n))
+            unit = gemm_unit(precision, name)
+            kernels, fitting = ("gemm_wgmma",), (precision,)
+            units.append(Unit(unit, "gemm_wgmma.cu", kernels, defines, name, fitting, "sm_90a"))
     for dim in HEAD_DIMS:
         own: tuple[tuple[str, int], ...] = (("DIM", dim),)
         name = attention_unit(("fp32", "fp32"), dim)
@@ -116,7 +127,7 @@ def defines_of(unit: Unit, architecture: str) -> dict[str, int]:
     found = dict(unit.defines)
     found["SAMP_SM"] = number(architecture)
     if unit.tile:
-        found["STAGES"] = stages(TILES[unit.tile], number(architecture))
+        found["STAGES"] = stages(ALL_TILES[unit.tile], number(architecture))
     return found
 
 

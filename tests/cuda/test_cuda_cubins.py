@@ -15,20 +15,22 @@ from samp_kernels.cuda import build
 from samp_kernels.cuda.units import (
     ARCHITECTURES,
     SOURCES,
-    all_units,
     content_key,
     cubin_name,
     number,
     units_by_name,
+    units_of,
 )
 from samp_kernels.interface import KernelError
 
 needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor nvcc")
 
 
-def most_registers(architecture: str) -> int:
-    """Of a thread: from sm_80 on 512 threads share a multiprocessor, before that 384."""
-    return 128 if number(architecture) >= 80 else 168
+def most_registers(unit: str, architecture: str) -> int:
+    """Of a thread: from sm_80 on 512 threads share a multiprocessor, before that 384; also wgmma's,
+    and those of e4m3 where sm_90 converts it for the older MMA."""
+    alone = "wgmma" in unit or (unit.startswith("gemm_fp8") and number(architecture) == 90)
+    return 168 if alone or number(architecture) < 80 else 128
 
 
 def find_disassembler() -> str:
@@ -40,7 +42,7 @@ def find_disassembler() -> str:
 def cubins() -> dict[tuple[str, str], Path]:
     """All of them: compiled where they are not there (under a minute on two cores)."""
     paths = iter(build.build(quiet=True))
-    return {(arch, unit.name): next(paths) for arch in ARCHITECTURES for unit in all_units()}
+    return {(arch, unit.name): next(paths) for arch in ARCHITECTURES for unit in units_of(arch)}
 
 
 @cache
@@ -50,40 +52,48 @@ def disassembled(path: Path) -> str:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("unit", [unit.name for unit in all_units()])
-def test_sass(unit: str, architecture: str, cubins: dict[tuple[str, str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "unit"),
+    [(arch, unit.name) for arch in ARCHITECTURES for unit in units_of(arch)],
+)
+def test_sass(architecture: str, unit: str, cubins: dict[tuple[str, str], Path]) -> None:
     """The MMA that was meant and no other, no local memory, registers under the cap."""
     path = cubins[architecture, unit]
     assert path.read_bytes()[:4] == b"\x7fELF"
     if not find_disassembler():
         pytest.skip("no nvdisasm (package nvidia-cuda-nvdisasm)")
     text = disassembled(path)
-    found = set(re.findall(r"\b([IH]MMA\.\d+)", text))
+    found = set(re.findall(r"\b([IHQ]G?MMA\.[0-9x]+(?:\.F32\.(?:BF16|E4M3))?)", text))
     assert found == meant(unit, architecture)
     assert not re.search(r"\b(LDL|STL)\b", text), "a value lives in local memory"
-    if (unit.startswith("gemm_") and unit != "gemm_fp32") or unit.startswith("attention_fp16"):
+    if "wgmma" in unit:
+        assert "UBLKCP" in text, "no bulk copies"
+        assert "SYNCS" in text, "no barriers in shared memory"
+    elif (unit.startswith("gemm_") and unit != "gemm_fp32") or unit.startswith("attention_fp16"):
         assert "LDSM" in text
-    if number(architecture) >= 80 and unit.startswith(("gemm_int8", "gemm_fp16")):
+    if number(architecture) >= 80 and unit.startswith("gemm_") and unit != "gemm_fp32":
         assert "LDGSTS" in text, "no asynchronous copies"
     for kernel in units_by_name()[unit].kernels:
         assert f".text.{kernel}" in text
     note = r"EIATTR_REGCOUNT.*?index@\((\w+)\).*?\.word\s+(0x[0-9a-f]+)"
     registers = {kernel: int(count, 16) for kernel, count in re.findall(note, text, re.S)}
     assert set(registers) == set(units_by_name()[unit].kernels)
-    assert max(registers.values()) <= most_registers(architecture)
+    assert max(registers.values()) <= most_registers(unit, architecture)
 
 
 def meant(unit: str, architecture: str) -> set[str]:
-    """m16n8k32 s8 and m16n8k16 f16 from sm_80 on; m8n8k16 and m16n8k8 before."""
-    old = number(architecture) < 80
-    integer, half = ("IMMA.8816", "HMMA.1688") if old else ("IMMA.16832", "HMMA.16816")
-    found = set()
-    if unit.startswith("gemm_int8") or (unit.startswith("attention") and "int8" in unit):
-        found.add(integer)
-    if unit.startswith("gemm_fp16") or (unit.startswith("attention") and "fp16" in unit):
-        found.add(half)
-    return found
+    """m16n8k32 of bytes and m16n8k16 of halves from sm_80 on; m8n8k16 and m16n8k8 before. sm_90 has
+    no such product of e4m3: the assembler makes two of fp16."""
+    if "wgmma" in unit:
+        return {"IGMMA.64x128x32" if "int8" in unit else "QGMMA.64x128x32.F32.E4M3"}
+    sm = number(architecture)
+    kinds = {
+        "int8": "IMMA.16832" if sm >= 80 else "IMMA.8816",
+        "fp16": "HMMA.16816" if sm >= 80 else "HMMA.1688",
+        "bf16": "HMMA.16816.F32.BF16",
+        "fp8": "QMMA.16832.F32.E4M3" if sm < 90 else "HMMA.16816",
+    }
+    return {instruction for kind, instruction in kinds.items() if kind in unit.split("_")}
 
 
 def test_a_missing_cubin_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +132,14 @@ def test_the_key_changes_with_what_is_compiled(monkeypatch: pytest.MonkeyPatch) 
     assert cubin_name(unit, "sm_80").startswith("gemm_int8_64x64-sm_80-")
 
 
-def test_ptx_stands_in_two_files() -> None:
+def test_ptx_stands_in_three_files() -> None:
     """What stands there has a twin for the CPU; a kernel that wrote PTX itself could not run."""
     with_ptx = {
         path.name
         for path in SOURCES.iterdir()
         if re.search(r"\basm\b", path.read_text()) and path.name != "cuda_on_cpu.h"
     }
-    assert with_ptx == {"mma.cuh", "copy.cuh"}
+    assert with_ptx == {"mma.cuh", "copy.cuh", "hopper.cuh"}
 
 
 def test_the_command_line_refuses_an_unknown_architecture() -> None:

@@ -118,21 +118,22 @@ def test_int8_outputs_are_exact(
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize("precision", ["int8", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", "fp16", "bf16", "fp8"])
 def test_every_tile_gives_the_same_rows(precision: str, tile: str, splits: int) -> None:
     """Bit for bit the same in any tile and split, and alone; each tile uses the MMA, no bank
     conflicts. Orders of the threads do not matter."""
-    if precision == "fp16" and splits > 1:
+    if precision != "int8" and splits > 1:
         return  # Never chosen: the order of a float sum would show.
     rng = np.random.default_rng(5)
     rows, k, n = 141, 560, 136
-    whole_x, whole_w = rng.integers(-127, 128, (rows, k)), rng.integers(-127, 128, (n, k))
-    scale = np.full(n, 2.0**-12, np.float32) if precision == "int8" else None
-    weight = whole_w.astype(np.int8) if scale is not None else whole_w.astype(np.float32) / 128
+    top = 15 if precision == "fp8" else 127  # Whole numbers that e4m3 has.
+    whole_x, whole_w = rng.integers(-top, top + 1, (rows, k)), rng.integers(-top, top + 1, (n, k))
+    newest = "sm_89" if precision == "fp8" else "sm_80"
+    devices = [(newest, 0), (newest, 1), (newest, 6), ("sm_75", 0)]
     found = []
-    for architecture, order in (("sm_80", 0), ("sm_80", 1), ("sm_80", 6), ("sm_75", 0)):
+    for architecture, order in devices[: 4 if precision in ("int8", "fp16") else 3]:
         b = backend(architecture, order=order)
-        run = _product(b, Weight(weight, scale), precision, tile)
+        run = _product(b, whole_w, precision, tile)
         x = b.array(whole_x, precision)
         y = run(x, splits)
         counts = launcher(b).counts(launcher(b).launched[-1].unit)
@@ -142,21 +143,20 @@ def test_every_tile_gives_the_same_rows(precision: str, tile: str, splits: int) 
         assert np.array_equal(y, run(x, splits)), "the counters were left changed"
         assert np.array_equal(y[3:4], run(x[3:4], 1))
         found.append(y)
-    wanted = whole_x @ whole_w.T * (2.0**-12 if precision == "int8" else 1 / 128)
-    wanted = wanted + np.linspace(-1, 1, n)
+    wanted = whole_x @ whole_w.T * 2.0**-12 + np.linspace(-1, 1, n)
     for y in found:
         assert np.abs(y - wanted).max() <= 1e-6 * np.abs(wanted).max()
         # sm_75 sums fp16 in other groups of k.
-        same = precision == "int8" or y is not found[-1]
+        same = precision != "fp16" or y is not found[-1]
         assert np.array_equal(y, found[0]) or not same
     launcher(b).check_guards()
 
 
-def _product(b: Any, weight: Weight, precision: str, tile: str) -> Any:
-    """(x, splits) -> x W^T + bias on the host, in that tile."""
-    n = weight.data.shape[0]
-    packed, bias = b.pack(weight, precision), b.array(np.linspace(-1, 1, n))
-    scales = None if weight.scale is None else b.array(weight.scale)
+def _product(b: Any, weight: Any, precision: str, tile: str) -> Any:
+    """(x, splits) -> x W^T / 4096 + bias on the host, in that tile."""
+    n = weight.shape[0]
+    packed = ops.Packed(b.array(weight, precision), precision, None)
+    bias, scales = b.array(np.linspace(-1, 1, n)), b.array(np.full(n, 2.0**-12))
     counters = b.launcher.allocate(4 * 4096)
     b.launcher.fill(counters, 0, 4 * 4096)
 
@@ -349,7 +349,7 @@ def test_pool(counts: list[int], width: int, kind: str, seed: int) -> None:
 def test_what_is_not_there_is_refused() -> None:
     b = backend()
     qkv = b.array(np.zeros((3, 3 * 64), np.float32))
-    with pytest.raises(UnsupportedPrecision, match="each fp16 or int8, or each fp32"):
+    with pytest.raises(UnsupportedPrecision, match="each int8 or one of fp32, fp16, bf16"):
         b.attention(qkv, cu([3]), 3, 2, precisions=("fp16", "fp32"), out=Out())
     with pytest.raises(KernelError, match="heads of 32, 64"):
         b.attention(qkv, cu([3]), 3, 4, out=Out())

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from samp_kernels.cuda.tiles import (
+    ALL_TILES,
+    GROUP_TILES,
     SLICE,
     TILES,
     Choice,
@@ -23,18 +25,20 @@ products = st.builds(
     st.integers(1, 20000),
     st.integers(1, 4096).map(lambda n: -(-n // 16) * 16),
     st.integers(1, 8192),
-    st.sampled_from(["int8", "fp16"]),
+    st.sampled_from(["int8", "fp8", "fp16", "bf16"]),
 )
 
 
-@given(products, st.sampled_from(SMS), st.integers(1, 200))
-def test_any_product_has_a_tile(product: Product, sm: int, multiprocessors: int) -> None:
-    choice = choose(product, sm, multiprocessors)
-    assert choice.tile in TILES
-    assert choice == choose(product, sm, multiprocessors)
-    if product.precision == "fp16":
+@given(products, st.sampled_from(SMS), st.integers(1, 200), st.booleans())
+def test_any_product_has_a_tile(
+    product: Product, sm: int, multiprocessors: int, tiled: bool
+) -> None:
+    choice = choose(product, sm, multiprocessors, tiled=tiled)
+    assert choice.tile in (ALL_TILES if tiled else TILES)
+    assert choice == choose(product, sm, multiprocessors, tiled=tiled)
+    if choice.tile in GROUP_TILES or product.precision != "int8":
         assert choice.splits == 1, "the order of a float sum would depend on the batch"
-    tile = TILES[choice.tile]
+    tile = ALL_TILES[choice.tile]
     assert choice.splits <= max(1, -(-product.k_bytes // SLICE))
     sums, counters = room_for(product.rows, product.width)
     assert choice.splits * product.rows * product.width <= sums
@@ -66,12 +70,36 @@ def test_a_measured_choice_wins() -> None:
     assert choose(product, 80, 132, known) == choose(product, 80, 132)
 
 
+@given(st.integers(1, 20000), st.integers(1, 4096), st.integers(1, 8192))
+def test_fp8_in_tile_order_is_wgmmas_whatever_the_batch(rows: int, width: int, k: int) -> None:
+    assert choose(Product(rows, width, k, "fp8"), 90, 132, tiled=True).tile in GROUP_TILES
+    assert choose(Product(rows, width, k, "fp8"), 89, 58).tile in TILES
+
+
+def test_int8_takes_wgmma_where_its_tiles_are_full() -> None:
+    assert choose(Product(4096, 3072, 768, "int8"), 90, 132, tiled=True).tile == "wgmma_128x256"
+    for rows, width in ((63, 768), (4096, 112)):
+        assert choose(Product(rows, width, 768, "int8"), 90, 132, tiled=True).tile in TILES
+    known = {(90, Product(64, 768, 768, "int8")): Choice("wgmma_64x128")}
+    (product,) = (key[1] for key in known)
+    assert choose(product, 90, 132, known, tiled=True) == Choice("wgmma_64x128")
+    assert choose(product, 90, 132, known).tile in TILES, "not without a weight in tile order"
+
+
 @pytest.mark.parametrize("sm", SMS)
 @pytest.mark.parametrize("name", TILES)
 def test_a_tile_fits_into_shared_memory(name: str, sm: int) -> None:
     limit = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227}[sm] * 1024
     assert shared_bytes(TILES[name], sm) <= limit
     assert stages(TILES[name], sm) >= 2
+
+
+@pytest.mark.parametrize("name", GROUP_TILES)
+def test_a_tile_of_wgmma_fits_into_shared_memory(name: str) -> None:
+    tile = GROUP_TILES[name]
+    assert shared_bytes(tile, 90) <= 227 * 1024
+    assert tile.m * tile.n * 4 <= stages(tile, 90) * tile.stage_bytes()
+    assert stages(tile, 90) >= 4
 
 
 def test_a_device_gets_the_cubins_that_it_runs() -> None:

@@ -1,5 +1,5 @@
 // Words and moves: fp16, bf16 and e4m3 as bits, 16-byte asynchronous copies into shared memory,
-// exp2. One of the two files with PTX; every function here has a twin for cuda_on_cpu.h.
+// exp2. One of the three files with PTX; every function here has a twin for cuda_on_cpu.h.
 #pragma once
 
 #ifdef SAMP_EMULATED
@@ -138,6 +138,9 @@ DEVICE void wait_copies() {
 
 #else  // on a CPU
 
+inline unsigned shared_address(const void* p) {
+  return emulated::SHARED_BASE + emulated::shared_offset(p);
+}
 inline float to_float(f16 x) { return emulated::half_values()[x.bits]; }
 inline f16 to_half(float x) {
   const auto half = static_cast<_Float16>(x);
@@ -164,10 +167,16 @@ inline unsigned bits_of_e4m3(float x) {
   return (exponent + 7) * 8 + steps - 8 | (std::signbit(x) ? 0x80 : 0);
 }
 inline float to_float(e4m3 x) {
-  const int exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-  if ((x.bits & 127) == 127) return NAN;
-  const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : mantissa / 512.0f;
-  return x.bits & 128 ? -size : size;
+  static const std::vector<float> table = [] {
+    std::vector<float> made(256, NAN);
+    for (int bits = 0; bits < 127; ++bits) {
+      const int exponent = bits >> 3, mantissa = bits & 7;
+      made[bits] = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : mantissa / 512.0f;
+      made[bits | 128] = -made[bits];
+    }
+    return made;
+  }();
+  return table[x.bits];
 }
 inline unsigned packed(bf16, float low, float high) {
   if (SAMP_SM < 80) emulated::fail("bf16 before sm_80");
@@ -203,6 +212,7 @@ inline void wait_copies() {
     for (const auto& copy : groups.front()) {
       std::memset(copy.to, 0, 16);
       std::memcpy(copy.to, copy.from, copy.bytes);
+      emulated::unfenced[emulated::shared_offset(copy.to) / 16] = emulated::current;
     }
     groups.erase(groups.begin());
   }

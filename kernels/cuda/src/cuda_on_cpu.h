@@ -60,7 +60,7 @@ struct Fiber {
 
 struct Meeting {
   unsigned generation = 0, arrived = 0, expected = 0;
-  void* slots[32];
+  void* slots[128];  // A warp uses 32.
 };
 
 struct Counters {
@@ -77,6 +77,16 @@ static void (*body)(void*);
 static void* body_arguments;
 static unsigned char* shared;
 static size_t shared_bytes;
+static unsigned order;
+// Who wrote each 16 bytes of shared memory and has not fenced them for hopper.cuh; -1: nobody.
+static std::vector<int> unfenced;
+static void (*at_start)();              // of a block, where hopper.cuh has state of its own
+static bool (*when_stuck)();            // does something that was put off; false: there is nothing
+constexpr unsigned SHARED_BASE = 1024;  // Of a block's shared memory, as on sm_90.
+
+inline unsigned shared_offset(const void* p) {
+  return static_cast<const unsigned char*>(p) - shared;
+}
 
 [[noreturn]] static void fail(const char* why) {
   std::fprintf(stderr, "cuda_on_cpu: %s (block %u %u %u, thread %u)\n", why, blockIdx.x, blockIdx.y,
@@ -166,7 +176,7 @@ static bool can_run(const Fiber& fiber) {
   return !fiber.done && (!fiber.waits_for || *fiber.waits_for != fiber.since);
 }
 
-static void run_block(unsigned threads, unsigned order) {
+static void run_block(unsigned threads) {
   constexpr size_t STACK = 64 * 1024;
   fibers.resize(threads);
   warps.assign((threads + 31) / 32, Meeting());
@@ -186,6 +196,8 @@ static void run_block(unsigned threads, unsigned order) {
     ++warps[i / 32].expected;
   }
   std::memset(shared, 0xFF, shared_bytes);  // NaN in any float type, -1 in any integer.
+  unfenced.assign(shared_bytes / 16 + 1, -1);
+  if (at_start) at_start();
   unsigned alive = threads;
   const unsigned count = warps.size();
   while (alive) {
@@ -207,7 +219,8 @@ static void run_block(unsigned threads, unsigned order) {
         }
       }
     }
-    if (!moved && alive) fail("deadlock: threads wait for each other");
+    if (!moved && alive && !(when_stuck && when_stuck()))
+      fail("deadlock: threads wait for each other");
   }
   ++counters.blocks;
 }
@@ -219,7 +232,7 @@ static void call(void (*kernel)(Parameters...), void** values, std::index_sequen
 
 template <class... Parameters>
 static int launch(void (*kernel)(Parameters...), const unsigned* grid, unsigned threads,
-                  unsigned bytes, void** values, int count, unsigned order) {
+                  unsigned bytes, void** values, int count, unsigned how) {
   if (count != int(sizeof...(Parameters))) return 1;
   struct Call {
     void (*kernel)(Parameters...);
@@ -234,12 +247,13 @@ static int launch(void (*kernel)(Parameters...), const unsigned* grid, unsigned 
   blockDim = dim3{threads, 1, 1};
   threadIdx = dim3{0, 0, 0};
   shared_bytes = bytes;
+  order = how;
   shared = static_cast<unsigned char*>(std::aligned_alloc(1024, (bytes / 1024 + 1) * 1024));
   const unsigned blocks = grid[0] * grid[1] * grid[2];
   for (unsigned b = 0; b < blocks; ++b) {
     const unsigned i = order == 1 ? blocks - 1 - b : b;
     blockIdx = dim3{i % grid[0], i / grid[0] % grid[1], i / (grid[0] * grid[1])};
-    run_block(threads, order);
+    run_block(threads);
   }
   std::free(shared);
   return 0;
@@ -268,6 +282,7 @@ static inline void __syncwarp() {
   emulated::meet(emulated::warp(), [] {});
 }
 static inline void __threadfence() {}
+[[noreturn]] static inline void __trap() { emulated::fail("trap"); }
 
 template <class T>
 static inline T __shfl_xor_sync(unsigned, T value, int mask) {

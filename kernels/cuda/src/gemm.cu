@@ -1,24 +1,18 @@
 // y = epilogue(x W^T): x [rows, k], W [width, k], both int8, fp16, bf16 or e4m3, on the tensor
 // cores.
 //
-// A block owns TILE_M x TILE_N of y. k runs in slices of 128 bytes, the same for all types: a
-// slice of a row is eight 16-byte chunks, and chunk c of row r lies at c ^ (r % 8), so that the
-// eight rows that one ldmatrix reads at the same chunk fill all 32 banks. STAGES slices are in
-// flight. The sums of an element run over k in one order whatever the tile, so a row of y does not
-// depend on how many rows there are; only int8, whose sums are exact, may split k over blocks.
+// A block owns TILE_M x TILE_N of y. k runs in slices of 128 bytes, the same for all types: STAGES
+// slices are in flight. The sums of an element run over k in one order whatever the tile, so a row
+// of y does not depend on how many rows there are; only int8, whose sums are exact, may split k
+// over blocks.
 //
 // Unit: ELEMENT (S8, F16, BF16, E4M3), TILE_M, TILE_N, WARPS_M, WARPS_N, STAGES, SAMP_SM.
-#include "epilogue.cuh"
 #include "mma.cuh"
+#include "slices.cuh"
 
 typedef Of<ELEMENT>::Element Element;
 typedef Of<ELEMENT>::Sum Sum;
 
-struct alignas(8) Pair {
-  Sum x, y;
-};
-
-constexpr int SLICE = 128;
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
 // sm_90 multiplies e4m3 as fp16 here, and needs registers to convert it (its own way: wgmma).
 constexpr bool CONVERTS = ELEMENT == E4M3 && SAMP_SM == 90;
@@ -30,27 +24,8 @@ constexpr int MS = WARP_M / 16, NS = WARP_N / 8;
 static_assert(NS % 2 == 0, "B is read two tiles of 8 columns at a time");
 static_assert(TILE_M % (THREADS / 8) == 0 && TILE_N % (THREADS / 8) == 0, "whole copies");
 
-// Where column `column` of the result stands in its row; groups of eight change places.
-DEVICE int mixed(int row, int column) { return column ^ (row & 3) << 3; }
-
 // Not from a cache that may hold an older value.
 DEVICE int read_again(const volatile int* from) { return *from; }
-
-DEVICE int place(int row, int chunk) { return row * SLICE + ((chunk ^ (row & 7)) << 4); }
-
-// ROWS rows of one slice: rows from `first` on of an array of `rows` rows, bytes from `k` on.
-template <int ROWS>
-DEVICE void copy_slice(unsigned char* to, const unsigned char* from, int first, int rows, int ld,
-                       int k, int k_bytes) {
-#pragma unroll
-  for (int i = 0; i < ROWS / (THREADS / 8); ++i) {
-    const int row = threadIdx.x / 8 + i * (THREADS / 8), chunk = threadIdx.x % 8;
-    const int at = k + chunk * 16;
-    const int bytes = first + row < rows ? max(0, min(16, k_bytes - at)) : 0;
-    const size_t offset = bytes ? static_cast<size_t>(first + row) * ld + at : 0;
-    copy16(to + place(row, chunk), from + offset, bytes);
-  }
-}
 
 // ld in bytes. partial [splits, rows, width] and arrived [blocks of y], zero before and after, are
 // read only where splits > 1.
@@ -79,8 +54,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   auto fetch = [&](int slice) {
     if (slice < end) {
       unsigned char* stage = shared + (slice - begin) % STAGES * STAGE_BYTES;
-      copy_slice<TILE_M>(stage, x, m0, rows, x_ld, slice * SLICE, k_bytes);
-      copy_slice<TILE_N>(stage + TILE_M * SLICE, w, n0, w_rows, w_ld, slice * SLICE, k_bytes);
+      copy_slice<TILE_M, THREADS>(threadIdx.x, stage, x, m0, rows, x_ld, slice * SLICE, k_bytes);
+      copy_slice<TILE_N, THREADS>(threadIdx.x, stage + TILE_M * SLICE, w, n0, w_rows, w_ld,
+                                  slice * SLICE, k_bytes);
     }
     commit_copies();  // Also an empty group: the waits below count groups.
   };
@@ -114,8 +90,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   }
   wait_copies<0>();
 
-  // Sums leave the registers through shared memory, so that a thread ends with four neighbours and
-  // a warp writes whole lines. Columns are mixed by row: neither side meets a bank twice.
   __syncthreads();
   Sum* tile = reinterpret_cast<Sum*>(shared);  // [TILE_M][TILE_N]
 #pragma unroll
@@ -126,7 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
       for (int j = 0; j < NS; ++j) {
         Sum* to = tile + row * TILE_N + mixed(row, warp_n + j * 8 + lane % 4 * 2);
-        *reinterpret_cast<Pair*>(to) = Pair{sums[i][j][2 * half], sums[i][j][2 * half + 1]};
+        *reinterpret_cast<Pair<Sum>*>(to) =
+            Pair<Sum>{sums[i][j][2 * half], sums[i][j][2 * half + 1]};
       }
     }
   __syncthreads();
@@ -169,13 +144,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   const Epilogue to{row_scale,     column_scale,  bias,          activation, residual,
                     residual_rows, residual_ld,   residual_kind, out,        out_ld,
                     out_kind,      inverse_scale, rows,          width};
-#pragma unroll 1
-  for (int i = threadIdx.x * 4; i < TILE_M * TILE_N; i += THREADS * 4) {
-    const int row = i / TILE_N, column = i % TILE_N;
-    const Sum* from = tile + row * TILE_N + mixed(row, column);
-    finish(to, m0 + row, n0 + column,
-           {static_cast<float>(from[0]), static_cast<float>(from[1]), static_cast<float>(from[2]),
-            static_cast<float>(from[3])});
-  }
+  finish_tile<TILE_M, TILE_N, THREADS>(to, tile, m0, n0);
 }
 SAMP_KERNEL(gemm)

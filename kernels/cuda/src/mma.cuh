@@ -1,5 +1,5 @@
-// Warp matrix products and the loads that feed them. One of the two files with PTX; every function
-// here has a twin for cuda_on_cpu.h.
+// Warp matrix products and the loads that feed them. One of the three files with PTX; every
+// function here has a twin for cuda_on_cpu.h.
 //
 // Fragments are those of mma.sync m16n8k32 (s8, e4m3) and m16n8k16 (f16, bf16), in bytes the same:
 // with g = lane / 4 and t = lane % 4, an A tile of 16 rows x 32 bytes lies as a[0]: row g, bytes
