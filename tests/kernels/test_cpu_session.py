@@ -168,7 +168,10 @@ def test_alone_and_in_a_batch_bit_for_bit(
 @pytest.mark.skipif(bool(missing()), reason=missing())
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_a_worker_does_not_stay_on_the_callers_core() -> None:
-    """The scheduler may wake it there again and again, where it gets no turn before the end."""
+    """The scheduler may wake it there again and again, where it gets no turn before the end.
+
+    It is woken elsewhere and may then go where the caller may: no mask outlives a wake-up.
+    """
     config, tensors, plan = encoder("head 32")
     here = ctypes.CDLL(None).sched_getcpu
     before = set(os.listdir("/proc/self/task"))
@@ -183,8 +186,8 @@ def test_a_worker_does_not_stay_on_the_callers_core() -> None:
             session.run(batch_of([9] * 20))
             time.sleep(0.002)
         found = os.sched_getaffinity(worker)
-        moved += not found & pinned
-        assert found == pinned or found == os.sched_getaffinity(0) - pinned
+        moved += found != pinned
+        assert found in (pinned, os.sched_getaffinity(0))
     assert moved
     session.close()
 

@@ -60,8 +60,7 @@ constexpr auto kSpin = std::chrono::microseconds(50);
 
 }  // namespace
 
-Team::Team(int threads) : last_cpu_(new std::atomic<int>[threads > 1 ? threads : 1]) {
-  for (int i = 0; i < (threads > 1 ? threads : 1); ++i) last_cpu_[i].store(-1);
+Team::Team(int threads) : sleepers_(threads > 1 ? static_cast<size_t>(threads - 1) : 0) {
   for (int i = 1; i < threads; ++i) workers_.emplace_back(&Team::serve, this, i);
 }
 
@@ -94,9 +93,11 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
   }
   open_.store(true);
   epoch_.fetch_add(1);
-  if (sleepers_.load() > 0) {
-    part(current_cpu());
-    std::lock_guard<std::mutex> lock(mutex_);
+  if (asleep_.load() > 0) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      part(current_cpu());
+    }
     wake_.notify_all();
   }
   walk(0);
@@ -110,18 +111,34 @@ void Team::run(const std::vector<int>& tasks, Work work, void* context) {
 }
 
 // A sleeper that last ran on the caller's core would be woken there and, where no idle core shares
-// its cache, wait behind the whole pass: it may run on any other allowed core instead.
+// its cache, wait behind the whole pass: it wakes on any other allowed core instead. Once it runs
+// it takes back what it may use (rejoin), so that the scheduler can move it when the caller moves.
 void Team::part(int cpu) {
 #if defined(__linux__)
   if (cpu < 0) return;
   for (size_t i = 0; i < workers_.size(); ++i) {
-    if (last_cpu_[i + 1].load() != cpu) continue;
-    cpu_set_t allowed;
-    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return;
-    CPU_CLR(cpu, &allowed);
-    pthread_setaffinity_np(workers_[i].native_handle(), sizeof allowed, &allowed);
-    last_cpu_[i + 1].store(-1);
+    Sleeper& sleeper = sleepers_[i];
+    if (sleeper.cpu != cpu) continue;
+    if (sched_getaffinity(0, sizeof sleeper.allowed, &sleeper.allowed) != 0) return;
+    if (CPU_COUNT(&sleeper.allowed) < 2) return;
+    cpu_set_t others = sleeper.allowed;
+    CPU_CLR(cpu, &others);
+    sleeper.parted =
+        pthread_setaffinity_np(workers_[i].native_handle(), sizeof others, &others) == 0;
   }
+#else
+  (void)cpu;
+#endif
+}
+
+void Team::rejoin(Sleeper& sleeper) {
+#if defined(__linux__)
+  sleeper.cpu = -1;
+  if (!sleeper.parted) return;
+  sleeper.parted = false;
+  sched_setaffinity(0, sizeof sleeper.allowed, &sleeper.allowed);
+#else
+  (void)sleeper;
 #endif
 }
 
@@ -166,10 +183,12 @@ void Team::serve(int thread) {
     } while (!fresh && std::chrono::steady_clock::now() < until);
     if (!fresh) {
       std::unique_lock<std::mutex> lock(mutex_);
-      last_cpu_[thread].store(current_cpu());
-      sleepers_.fetch_add(1);
+      Sleeper& self = sleepers_[static_cast<size_t>(thread - 1)];
+      self.cpu = current_cpu();
+      asleep_.fetch_add(1);
       wake_.wait(lock, [&] { return epoch_.load() != seen; });
-      sleepers_.fetch_sub(1);
+      asleep_.fetch_sub(1);
+      rejoin(self);
     }
     seen = epoch_.load();
     if (stop_.load()) return;

@@ -11,6 +11,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 namespace samp {
 
 class Team {
@@ -33,14 +37,25 @@ class Team {
     std::atomic<int> waiting{0};
   };
 
+  // Of one worker that sleeps, under mutex_: where it ran last, and the cores it may go back to
+  // if it was told to wake elsewhere.
+  struct Sleeper {
+    int cpu = -1;
+    bool parted = false;
+#if defined(__linux__)
+    cpu_set_t allowed;
+#endif
+  };
+
   static void wait(Slot& slot, int total);
+  static void rejoin(Sleeper& sleeper);
 
   void walk(int thread);
   void part(int cpu);
   void serve(int thread);
 
   std::vector<std::thread> workers_;
-  std::unique_ptr<std::atomic<int>[]> last_cpu_;
+  std::vector<Sleeper> sleepers_;
   std::unique_ptr<Slot[]> slots_;
   size_t capacity_ = 0;
   const std::vector<int>* tasks_ = nullptr;
@@ -51,7 +66,7 @@ class Team {
   std::atomic<bool> open_{false};
   std::atomic<bool> stop_{false};
   alignas(64) std::atomic<int> inside_{0};
-  std::atomic<int> sleepers_{0};
+  std::atomic<int> asleep_{0};
   std::mutex mutex_;
   std::condition_variable wake_;
 };
