@@ -25,14 +25,19 @@ from samp_core.model_config import HARD_LIMIT, MAX_BATCH, OF_TIER, QUEUE_S
 
 SHM = Path("/dev/shm")
 INSTANCES = 16
-# A slot: rows taken so far, rows a second, when the running batch began (0: none), when one ended.
-_TAKEN, _RATE, _BEGAN, _ENDED = range(4)
+# A slot: rows taken so far, rows a second, when the running batch began (0: none), when one ended,
+# how often a process took the slot over, when the queue was last seen empty.
+FIELDS = 6
+_TAKEN, _RATE, _BEGAN, _ENDED, _STARTS, _EMPTY = range(FIELDS)
 # The rate is a mean over about so many rows: single texts do not hide what full batches reach.
 _MEAN_ROWS = 512
 # One batch runs and two wait: an encoder that is never idle has its full throughput.
 LEAST_ROWS = 2 * MAX_BATCH
-# What is sent to an encoder that has done nothing for so long is not in its queue.
-_IDLE_S = 0.25
+# What was sent so long before the queue was empty is not in it, wherever it went.
+_ON_THE_WAY_S = 0.25
+# Triton hands over what waits as soon as a batch has ended. A pause of so long, and then a batch
+# that had room for as much again: nothing waited.
+_PAUSE_S = 0.005
 
 
 class Progress:
@@ -40,21 +45,24 @@ class Progress:
 
     def __init__(self, path: Path, slot: int = 0) -> None:
         """Raises OSError where there is no such memory."""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            size = 8 * 4 * INSTANCES
+            size = 8 * FIELDS * INSTANCES
             os.ftruncate(descriptor, size)
             memory = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
-        self._slots = np.frombuffer(memory, dtype=np.float64).reshape(INSTANCES, 4)
+        self._slots = np.frombuffer(memory, dtype=np.float64).reshape(INSTANCES, FIELDS)
         self._mine = self._slots[slot % INSTANCES]
         self._rows = self._seconds = 0.0
 
     def begin(self, rows: int) -> None:
         """A batch is taken out of the queue."""
+        now = time.monotonic()
+        if rows <= MAX_BATCH // 2 and now - self._mine[_ENDED] >= _PAUSE_S:
+            self._mine[_EMPTY] = now
         self._mine[_TAKEN] += rows
-        self._mine[_BEGAN] = time.monotonic()
+        self._mine[_BEGAN] = now
 
     def end(self, rows: int) -> None:
         now = time.monotonic()
@@ -69,6 +77,7 @@ class Progress:
     def reset(self) -> None:
         """At load: a process that died in a batch left its slot as it was."""
         self._mine[_RATE] = 0.0
+        self._mine[_STARTS] += 1
         self.end(0)
 
     @property
@@ -77,13 +86,19 @@ class Progress:
         return float(self._slots[:, _TAKEN].sum())
 
     @property
+    def starts(self) -> float:
+        return float(self._slots[:, _STARTS].sum())
+
+    @property
     def rate(self) -> float:
         """Rows a second of all instances while they work; 0: not known."""
         return float(self._slots[:, _RATE].sum())
 
-    def idle_since(self, now: float) -> float:
-        """`now` while a batch runs."""
-        return now if (self._slots[:, _BEGAN] > 0).any() else float(self._slots[:, _ENDED].max())
+    def empty(self, now: float) -> float:
+        """When its queue was last seen empty."""
+        busy = (self._slots[:, _BEGAN] > 0).any()
+        idle = not busy and self._slots[:, _ENDED].max() <= now - _ON_THE_WAY_S
+        return now if idle else float(self._slots[:, _EMPTY].max())
 
 
 class Gate:
@@ -96,6 +111,7 @@ class Gate:
         self._sent: deque[tuple[float, float]] = deque()  # when, rows
         self._waiting = 0.0
         self._taken = progress.taken
+        self._starts = progress.starts
 
     def admit(self, rows: int) -> float | None:
         """None, and the rows count as sent; or the seconds of work that wait already: refuse."""
@@ -110,7 +126,10 @@ class Gate:
         return None
 
     def _settle(self, now: float) -> None:
-        taken = self._progress.taken
+        starts, taken = self._progress.starts, self._progress.taken
+        if starts != self._starts:  # what was sent to the process before this one is not known
+            self._sent.clear()
+        self._starts = starts
         gone = self._share * (taken - self._taken)
         self._taken = taken
         while gone > 0 and self._sent:
@@ -119,9 +138,8 @@ class Gate:
             if rows > gone:
                 self._sent.appendleft((when, rows - gone))
             gone -= rows
-        oldest = now - HARD_LIMIT * self.limit_s
-        if self._progress.idle_since(now) < now - _IDLE_S:
-            oldest = max(oldest, now - _IDLE_S)
+        empty = self._progress.empty(now) - _ON_THE_WAY_S
+        oldest = max(empty, now - HARD_LIMIT * self.limit_s)
         while self._sent and self._sent[0][0] < oldest:
             self._waiting -= self._sent.popleft()[1]
         if not self._sent:

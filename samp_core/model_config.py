@@ -13,8 +13,10 @@ from typing import Any
 from samp_core.errors import SampError
 
 MAX_BATCH = 64
-# Requests waiting for one model before Triton itself refuses further ones.
+# Requests waiting for one model before Triton itself refuses further ones. An encoder's are more
+# than admission.py lets through on a CPU, of single texts, too.
 MAX_QUEUE = 1024
+MAX_ENCODER_QUEUE = 4096
 # Seconds of work that may wait for a tier before further requests are refused (admission.py), and
 # how many times as long Triton lets one wait that got in all the same: then it is refused, too.
 QUEUE_S = 1.0
@@ -208,6 +210,7 @@ def encoder_config(
             **({"plan": plan} if plan else {}),
         },
         queue_delay_us=queue_delay_us,
+        max_queue=MAX_ENCODER_QUEUE,
         queue_s=queue_s,
         gpu=gpu,
     )

@@ -357,7 +357,7 @@ def pickles() -> Check:
 def campaign(serving: Serving, short: bool) -> list[Check]:
     assert serving.facts["models"][0].endswith(MODEL)
     parts: list[Callable[[], Check | list[Check]]] = [
-        full_build, lambda: full_predict(serving), lambda: cut_build(60 if short else 300),
+        full_build, lambda: full_predict(serving), lambda: cut_build(60 if short else 2_500),
         cut_cache, read_only, clock, two_builds, pickles,
     ]  # fmt: skip
     checks: list[Check] = []

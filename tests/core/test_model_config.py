@@ -86,7 +86,8 @@ def test_a_lone_request_waits_for_nobody_and_the_queue_is_bounded() -> None:
         assert message.HasField("dynamic_batching")
         assert message.dynamic_batching.max_queue_delay_microseconds == delay
         policy = message.dynamic_batching.default_queue_policy
-        assert policy.max_queue_size == mc.MAX_QUEUE
+        queue = mc.MAX_ENCODER_QUEUE if role == "encoder" else mc.MAX_QUEUE
+        assert policy.max_queue_size == queue
         assert policy.default_timeout_microseconds == mc.HARD_LIMIT * 1_000_000
         assert policy.timeout_action == pb.ModelQueuePolicy.REJECT
         assert [(g.kind, g.count) for g in message.instance_group] == [
