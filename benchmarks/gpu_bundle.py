@@ -77,7 +77,7 @@ def make(out: Path, python: str, wheels: Path) -> None:
     for path in cubins:
         shutil.copyfile(path, out / "kernels" / "cuda" / "cubins" / path.name)
     (out / "bundle").mkdir()
-    with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=6) as archive:
+    with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=2) as archive:
         add(archive, "site/sitecustomize.py", SITECUSTOMIZE.encode())
         for wheel in fetch(python, wheels):
             place = "numpy1" if wheel.name.startswith("numpy-") else "site"

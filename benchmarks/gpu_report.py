@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Report:
         try:
             step(self, *arguments)
         except Exception as error:
+            self.facts.setdefault("traces", {})[name] = traceback.format_exc()[-2000:]
             self.check(name, False, f"{type(error).__name__}: {error}")
 
     def left(self) -> float:

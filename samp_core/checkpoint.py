@@ -174,20 +174,35 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _read_safetensors(file: Path) -> Iterator[tuple[str, Array]]:
+    """Every tensor in fp32; torch is needed only for types that NumPy lacks, bf16 above all."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as reader:
+        names = list(reader.keys())
+        kinds = {reader.get_slice(name).get_dtype() for name in names}
+        if kinds <= {"F16", "F32", "F64", "I32", "I64", "BOOL"}:
+            for name in names:
+                yield name, reader.get_tensor(name).astype(np.float32, copy=False)
+            return
+    with safe_open(file, framework="pt") as reader:
+        for name in names:
+            yield name, reader.get_tensor(name).float().numpy()
+
+
 def _read_state(files: list[Path]) -> Iterator[tuple[str, Array]]:
-    import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     for file in files:
         if file.suffix == ".safetensors":
             try:
-                with safe_open(file, framework="pt") as reader:
-                    for name in reader.keys():  # noqa: SIM118 (not a mapping)
-                        yield name, reader.get_tensor(name).float().numpy()
+                yield from _read_safetensors(file)
             except SafetensorError as error:
                 size = file.stat().st_size
                 raise _broken(file, f"truncated or damaged ({error}; {size:,} bytes)") from None
         else:
+            import torch
+
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
             except Exception as error:
