@@ -19,10 +19,12 @@ def server(facts: Mapping[str, Any]) -> None:
         ran = tier["executed"]
         executed = ", ".join(f"{n} {p}" for p, n in sorted(ran.items())) if ran else "-"
         answers = {True: "yes", False: "NO", None: "-"}[tier["answers"]]
-        known = (tier["plan"] or "-", executed, tier["threads"] or "-", tier["build"] or "-")
+        share = "-" if tier["tokenizer_share"] is None else f"{tier['tokenizer_share']:.0%}"
+        known = (tier["plan"] or "-", executed, tier["threads"] or "-", share, tier["build"] or "-")
         rows.append((tier["ensemble"], answers, *known))
+    headings = ("tier", "answers", "plan", "sites that ran", "threads", "tokenizer", "build")
     title = f"Triton {facts['triton']}: {', '.join(addresses)}{pid}{age}"
-    show.table(title, ("tier", "answers", "plan", "sites that ran", "threads", "build"), rows)
+    show.table(title, headings, rows)
     rows = []
     for model in facts["models"]:
         times = (model["texts_a_batch"], model["queue_ms"], model["compute_ms"])
@@ -33,9 +35,9 @@ def server(facts: Mapping[str, Any]) -> None:
         rows.append(
             (model["name"], model["state"], instances, *counts, batch, queue, compute, *ages)
         )
-    headings = ("model", "state", "instances", "requests", "failures", "texts/batch")
+    names = ("model", "state", "instances", "requests", "failures", "texts/batch")
     more = ("queue ms", "compute ms", "age", "last request")
-    show.table("Models, means since each was loaded", (*headings, *more), rows)
+    show.table("Models, means since each was loaded", (*names, *more), rows)
     for build in facts["builds"]:
         current = (build["current"] or ["none"])[0]
         state = "" if build["served"] == current else f"; current is {current}: samp activate"

@@ -79,7 +79,7 @@ def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
             config["parameters"]["plan"] = {"string_value": plans[name]}
     ran = _executed(facts.get("metrics"))
     tiers = [
-        _tier(control, config, configs, ran, probe)
+        _tier(control, config, configs, ran, probe, {one["name"]: one for one in models})
         for config in configs.values()
         if "ensemble_scheduling" in config and "tier" in _parameters(config)
     ]
@@ -141,11 +141,16 @@ def _tier(
     configs: Mapping[str, Mapping[str, Any]],
     ran: Mapping[tuple[str, str], Mapping[str, int]],
     probe: bool,
+    models: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """One ensemble. executed: sites by the precision of the kernel that ran; None if unknown."""
+    """One ensemble. executed: sites by the precision of the kernel that ran; None if unknown.
+
+    tokenizer_share: of the compute time of its steps; None until all of them have answered.
+    """
     tier = _parameters(config)["tier"]
     steps = [step["model_name"] for step in config["ensemble_scheduling"]["step"]]
     encoder = _parameters(configs.get(steps[1], {})) if len(steps) > 1 else {}
+    times = [models[step]["compute_ms"] for step in steps if step in models]
     error = _probe(control, config) if probe else None
     model = config["name"].removesuffix(f"_{tier}")
     return {
@@ -157,6 +162,7 @@ def _tier(
         "plan": encoder.get("plan"),
         "threads": int(encoder["threads"]) if "threads" in encoder else None,
         "executed": ran.get((config["name"], encoder.get("build", ""))),
+        "tokenizer_share": round(times[0] / sum(times), 3) if times and all(times) else None,
         "answers": error is None if probe else None,
         "error": error,
     }

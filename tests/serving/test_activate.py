@@ -191,9 +191,17 @@ def test_two_models_are_watched_and_a_dead_process_is_shown(tmp_path: Path, serv
     before = [served.answer("one_exact"), served.answer("two_exact")]
     assert not np.allclose(*before, atol=0.01)
     caller = Caller("grpc", served, "two_exact")
+    watched = [Caller(protocol, served, "one_exact") for protocol in ("grpc", "http")]
     build = write_tiny(one, seed=3, model="one")
     assert wait_for(lambda: f"build {build.name} is served" in served.process.stderr, 60)
-    np.testing.assert_allclose(served.answer("one_exact"), expected(one, build), atol=1e-5)
+    after = expected(one, build)
+    np.testing.assert_allclose(served.answer("one_exact"), after, atol=1e-5)
+    for other in watched:
+        other.stop()
+        assert other.failures == []
+        found = np.array([near(answer, (before[0], after)) for answer in other.answers])
+        assert (found.sum(axis=1) == 1).all()
+        assert found.any(axis=0).all(), "it was not called before and after"
     caller.stop()
     assert caller.failures == []
     assert all(near(answer, before) == [False, True] for answer in caller.answers)
@@ -216,6 +224,8 @@ def test_two_models_are_watched_and_a_dead_process_is_shown(tmp_path: Path, serv
     assert tiers["one_exact"]["build"] == build.name
     assert tiers["one_exact"]["answers"] is True
     assert tiers["one_exact"]["plan"] == "float: 4/4 fp32 GEMMs"
+    steps = [m["compute_ms"] for m in facts["models"] if m["name"] in tiers["one_exact"]["steps"]]
+    assert tiers["one_exact"]["tokenizer_share"] == pytest.approx(steps[0] / sum(steps), abs=1e-3)
     assert set(tiers["one_exact"]["executed"]) == {"fp32"}
     models = {model["name"]: model for model in facts["models"]}
     two_encoder = models["encoder_two_exact"]
