@@ -106,6 +106,11 @@ def quantiles(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     return {**shown, "n": len(values)}
 
 
+def slug(suite: str) -> str:
+    """`<suite>-<cpu>`, what a result's file name holds beside its date."""
+    return f"{suite}-{re.sub(r'[^a-z0-9]+', '-', cpu_name().lower()).strip('-')}"
+
+
 def write_result(
     suite: str,
     *,
@@ -133,8 +138,7 @@ def write_result(
         "rows": list(rows),
         "not_run": list(not_run),
     }
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = folder / f"{body['date'][:10]}-{suite}-{slug}.json"
+    path = folder / f"{body['date'][:10]}-{slug(suite)}.json"
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

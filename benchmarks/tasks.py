@@ -1,17 +1,21 @@
 """Every task by every strategy: the paper's table, our plans at each promise, and fresh rows.
 
     make bench-tasks BENCH="--data FOLDER --checkpoints FOLDER"
+    python benchmarks/tasks.py --only banking77 --warm     # beforehand, on a machine that is in use
     python benchmarks/tasks.py --only film-reviews --slice 150 --force    # a rehearsal, no figures
 
 For each pair of checkpoint and data: accuracy and speed of SAMP's modes by number of layers; what
 each strategy serves at each promise, all plans timed together; the drop of each served plan on
-rows that neither search nor verification saw; seconds of whole builds; modelled beside measured
-latency. What is not on this machine is skipped, and the result says so.
+rows that neither search nor verification saw; what lower-loss does to the loss; seconds of whole
+builds; modelled beside measured latency. What is not on this machine is skipped, and the result
+says so. Pairs are added to the newest result as they are done; what an earlier run measured of
+accuracy is found again, times are measured anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import shutil
 import sys
@@ -29,7 +33,12 @@ import tasks_table
 ROOT = machine.ROOT
 OUT = ROOT / ".demo" / "bench_tasks"
 FILMS = ROOT / ".demo" / "film_reviews"
-STRATEGIES = ("milp", "samp", "greedy")
+STRATEGIES = ("milp", "samp", "greedy", "lower-loss")
+TIMES = ("latency", "costs", "pace")
+"""Entries of a build's cache that a clock made."""
+BUCKETS = ("1", "8")
+MODES = 6
+"""SAMP's modes for so many numbers of layers, evenly spread up to all."""
 SEARCH, CALIBRATION, VERIFICATION = 512, 256, 2_500
 ALPHA = 0.05
 
@@ -116,16 +125,32 @@ class Measured:
 
     def __init__(self, pair: Pair, how: argparse.Namespace) -> None:
         self.pair, self.how = pair, how
-        shutil.rmtree(OUT / pair.name, ignore_errors=True)
+        if how.cold or how.slice:
+            shutil.rmtree(OUT / pair.name, ignore_errors=True)
+        cache = OUT / pair.name / "out" / "cache"
+        self.cold = not cache.is_dir()
+        for kind in TIMES:
+            for entry in cache.glob(f"{kind}-*"):
+                entry.unlink()
         self.files = parted(pair, OUT / pair.name / "rows", how.slice)
         self.rows: list[dict[str, Any]] = []
         self.plans: dict[str, Any] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Builds by each strategy, then modes and served plans together."""
+        watched = machine.Bystanders([])
         for strategy in self.how.strategies:
-            self._build(strategy)
+            if strategy != "lower-loss" or self.pair.task != "entities":  # which has no one loss
+                self._build(strategy)
         self._together()
+        self.rows.append(
+            {
+                "kind": "run", "model": self.pair.name, "commit": machine.commit(),
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "command": " ".join(["python", "benchmarks/tasks.py", *sys.argv[1:]]),
+                "strategies": list(self.how.strategies), "others_share": round(watched.share(), 3),
+            }
+        )  # fmt: skip
         return self.rows
 
     def _build(self, strategy: str) -> None:
@@ -143,9 +168,14 @@ class Measured:
             {
                 "kind": "build", "model": self.pair.name, "strategy": strategy,
                 "seconds": round(seconds, 1), "cache": report["cache"],
-                "cold": strategy == self.how.strategies[0], "warnings": report["warnings"],
+                "cold": self.cold and strategy == self.how.strategies[0],
+                "warnings": report["warnings"],
             }
         )  # fmt: skip
+        record = json.loads((made.folder / "build.json").read_text(encoding="utf-8"))
+        loss = record.get("search", {}).get("loss")
+        if loss:
+            self.rows.append({"kind": "loss", "model": self.pair.name, **loss})
         for tier in report["tiers"]:
             folder = made.folder / "models" / f"encoder_{self.pair.name}_{tier['name']}" / "1"
             plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"), "plan.json")
@@ -178,9 +208,9 @@ class Measured:
         )
         fresh = bench.split(read_rows(self.files["fresh"], task=bench.task))
         metric = metrics.of(bench.task, bench.checkpoint.labels)
-        modes = build.plan_modes(config, bench, calibration, search)
+        modes = some_of(build.plan_modes(config, bench, calibration, search))
         every = {**modes, **self.plans}
-        ms = bench.latencies(every, search, "bench: all plans together")
+        ms = bench.latencies(every, search, "bench: all plans together", BUCKETS)
         control = {
             name: metric.measure(bench.logits(modes["float"], split, f"{name}: float"), split)
             for name, split in (("verification", verification), ("fresh", fresh))
@@ -210,6 +240,23 @@ class Measured:
         bench.close()
 
 
+def some_of(modes: Mapping[str, Any]) -> dict[str, Any]:
+    """float and both modes for MODES numbers of layers, the last of them all."""
+    layers = (len(modes) - 1) // 2
+    counts = {-(-layers * i // MODES) for i in range(1, MODES + 1)}
+    return {
+        name: plan
+        for name, plan in modes.items()
+        if name == "float" or int(name.split("(")[1].rstrip(")")) in counts
+    }
+
+
+def earlier(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the newest result on this machine; none where there is none."""
+    found = sorted(folder.glob(f"*-{machine.slug('tasks')}.json"))
+    return json.loads(found[-1].read_text(encoding="utf-8"))["rows"] if found else []
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -233,6 +280,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--budget", type=float, default=600.0, help="seconds a build may take")
     parser.add_argument("--slice", type=int, help="rows of each file: a rehearsal, no figures")
+    parser.add_argument("--cold", action="store_true", help="forget what earlier runs measured")
+    parser.add_argument("--warm", action="store_true", help="measure, and write no result")
     parser.add_argument("--results", type=Path, default=machine.RESULTS)
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     return parser.parse_args(given)
@@ -240,28 +289,33 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     how = arguments()
-    machine.require_quiet(how.force)
-    watched = machine.Bystanders([])
-    rows: list[dict[str, Any]] = []
-    not_run = []
-    for pair in pairs(how.data, how.checkpoints):
+    machine.require_quiet(how.force or how.warm)
+    folder = machine.ROOT / "build" / "bench" / "results" if how.slice else how.results
+    every = pairs(how.data, how.checkpoints)
+    for pair in every:
         why = missing(pair)
         if how.only and pair.name not in how.only:
             why = f"{pair.name}: not asked for"
         if why:
             say(f"skipped: {why}")
-            not_run.append(why)
             continue
-        rows += Measured(pair, how).run()
-        tasks_table.show([row for row in rows if row["model"] == pair.name])
-    if how.slice:
-        not_run.append(f"no figures: a rehearsal on {how.slice} rows of each file")
-    path = machine.write_result(
-        "tasks", threads=how.threads, rows=json.loads(json.dumps(rows)), not_run=not_run,
-        found_limits=limits.limits(how.threads), found_versions=machine.versions(),
-        folder=how.results,
-    )  # fmt: skip
-    machine.report(path, watched.share())
+        watched = machine.Bystanders([])
+        rows = Measured(pair, how).run()
+        tasks_table.show(rows)
+        if how.warm:
+            continue
+        kept = [row for row in earlier(folder) if row["model"] != pair.name]
+        order = [p.name for p in every]
+        merged = sorted([*kept, *rows], key=lambda row: order.index(row["model"]))
+        absent = [name for name in order if all(row["model"] != name for row in merged)]
+        path = machine.write_result(
+            "tasks", threads=how.threads, rows=json.loads(json.dumps(merged)),
+            not_run=[missing(p) or f"{p.name}: not asked for" for p in every if p.name in absent]
+            + ([f"no figures: a rehearsal on {how.slice} rows"] if how.slice else []),
+            found_limits=limits.limits(how.threads), found_versions=machine.versions(),
+            folder=folder,
+        )  # fmt: skip
+        machine.report(path, watched.share())
 
 
 if __name__ == "__main__":

@@ -45,10 +45,32 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             "-" if promise is None else "yes" if fresh["lower_bound"] <= promise else "NO",
         )  # fmt: skip
     console.print(table)
+    for found in verdicts(rows):
+        console.print(f"{name} {found['tier']}: milp {found['ms']:.3f} ms, {found['others']}")
     for row in rows:
         if row["kind"] == "build":
-            kept = "" if row["cold"] else ", after the one before it: much was in the cache"
+            kept = "" if row["cold"] else ", much was in the cache"
             console.print(f"{name}: build by {row['strategy']} {row['seconds']:.0f} s{kept}")
+        if row["kind"] == "loss":
+            for split in ("search", "verification"):
+                found = row[split]
+                console.print(
+                    f"{name}: {row['plan']} on {split} rows, n {found['n']:,}: cross-entropy "
+                    f"{found['change']:+.5f} [{found['low']:+.5f}, {found['high']:+.5f}] of "
+                    f"{found['float_loss']:.5f}"
+                )
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each promise milp's milliseconds, and every other strategy's over them, in words."""
+    found = []
+    tiers = [row for row in rows if row["kind"] == "tier" and promised(row) is not None]
+    for row in tiers:
+        if row["strategy"] == "milp":
+            same = [r for r in tiers if r["name"] == row["name"] and r["strategy"] != "milp"]
+            others = (f"{r['strategy']} {_ms(r) / _ms(row):.3f} times that" for r in same)
+            found.append({"tier": row["name"], "ms": _ms(row), "others": ", ".join(others)})
+    return found
 
 
 def promised(row: Mapping[str, Any]) -> float | None:

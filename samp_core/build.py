@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from samp_kernels.cpu import state
 
-from samp_core import cache, heads, metrics, recipes, tasks
+from samp_core import cache, heads, latency, metrics, recipes, tasks
 from samp_core.allocate import Candidate
 from samp_core.backends import choose_backend
 from samp_core.budget import Clock, forget_best
@@ -25,7 +25,7 @@ from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.errors import SampError, UsageError
-from samp_core.latency import SINGLE
+from samp_core.latency import SINGLE, foretold
 from samp_core.lower_loss import loss_note, loss_report
 from samp_core.mix import mix_of, read_sample
 from samp_core.observed import observed
@@ -43,6 +43,9 @@ from samp_core.workbench import (
     silent,
     versions,
 )
+
+CALIBRATING = 0.25
+"""Share of the time budget that comparing calibrators may take."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,9 @@ def build(
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
         facts: dict[str, Any] = {}
-        modes = plan_modes(config, bench, calibration, search, facts)
         clock = Clock(begin, config.budget_s)
+        modes = plan_modes(config, bench, calibration, search, facts, clock.part(CALIBRATING))
+        warnings += recipes.stopped_note(facts.get("calibration", {}))
         if len(modes) == 1:
             found = Found(modes, measure_float(config, bench, modes, search, metric))
         else:
@@ -103,6 +107,7 @@ def build(
         served = {choice.plan: plans[choice.plan] for choice in choices.values()}
         latencies = bench.latencies(served, search, "measure the chosen plans again")
         again = {name: weigh(ms, config.mix) for name, ms in latencies.items()}
+        pace = latency.pace(found.modelled.get(FLOAT, {}).get("latency_ms", {}), latencies[FLOAT])
         choices = {
             name: recheck(choice, again[choice.plan], again[FLOAT])
             for name, choice in choices.items()
@@ -115,7 +120,7 @@ def build(
             warnings += choice.warnings
         warnings += correct.ranks({name: choice.plan for name, choice in choices.items()})
         tiers = {
-            name: tier_files(config, bench, found, choice, measured, splits, metric)
+            name: tier_files(config, bench, found, choice, measured, splits, metric, pace)
             for name, choice in choices.items()
         }
         record = {
@@ -253,11 +258,12 @@ def plan_modes(
     calibration: Split,
     search: Split,
     record: dict[str, Any] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Plan]:
     """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least; without
     int8 `float` and the other floats.
 
-    How those were found goes into `record`.
+    How those were found goes into `record`; after `stop` no more are compared.
     """
     base = bench.base_plan()
     plans = {FLOAT: replace(base, versions=versions())}
@@ -266,7 +272,7 @@ def plan_modes(
             sites = dict.fromkeys(base.sites, SitePlan(half))
             plans[half] = replace(base, versions=versions(), sites=sites, mode=half)
         return plans
-    chosen = recipes.choose(config, bench, calibration, search)
+    chosen = recipes.choose(config, bench, calibration, search, stop)
     if record is not None:
         record["calibration"] = chosen.record
     for kind in ("ffn_only", "full"):
@@ -314,18 +320,21 @@ def tier_files(
     measured: Mapping[str, Measured],
     splits: Splits,
     metric: metrics.Metric,
+    pace: Mapping[str, float],
 ) -> TierFiles:
     """The plan with its provenance, and the portable weights under it.
 
-    `modelled` is what the search foretold, or for SAMP's modes the latency that the choice was made
-    with; `measured` is the one after it.
+    `modelled` is what the search foretold and the pace of the machine since (see latency.pace), or
+    for SAMP's modes the latency that the choice was made with; `measured` is the one after it.
     """
     facts = measured[choice.tier]
     tests = [
         {"plan": name, **asdict(test), "passed": bool(test.passed)} for name, test in choice.tests
     ]
     candidate = found.candidates[choice.plan]
-    modelled = found.modelled.get(choice.plan, {"latency_ms": {SINGLE: candidate.latency_ms}})
+    modelled = {"latency_ms": {SINGLE: candidate.latency_ms}}
+    if choice.plan in found.modelled:
+        modelled = {**found.modelled[choice.plan], "pace": pace}
     plan = found.plans[choice.plan].with_provenance(
         search={
             "strategy": config.strategy,
@@ -400,7 +409,7 @@ def tier_row(
         "promise": choice.spec.model_dump(exclude_none=True),
         "met": choice.met,
         "latency_ms": {bucket: round(ms, 3) for bucket, ms in facts.latency_ms.items()},
-        "foretold_ms": {b: round(ms, 3) for b, ms in files.plan.modelled["latency_ms"].items()},
+        "foretold_ms": {b: round(ms, 3) for b, ms in foretold(files.plan.modelled).items()},
         "size_mb": round(weights.stat().st_size / 1e6, 1),
     }
 

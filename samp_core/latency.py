@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from samp_kernels.interface import Batch, pack_batch
@@ -86,3 +87,19 @@ def measure(
             samples[names[index]].append(fastest * 1e3)
         progress()
     return {name: float(np.median(values)) for name, values in samples.items()}
+
+
+def pace(told: Mapping[str, float], again: Mapping[str, float]) -> dict[str, float]:
+    """By bucket, how much slower than foretold one plan was when all were measured again.
+
+    Between the two lie minutes in which a machine changes its speed. Taken of float's plan, which
+    always runs, it tells that apart from what the model gets wrong of the others.
+    """
+    return {bucket: again[bucket] / ms for bucket, ms in told.items() if again.get(bucket)}
+
+
+def foretold(modelled: Mapping[str, Any]) -> dict[str, float]:
+    """The latencies of a plan's `modelled` at the pace of the turns that measured it."""
+    at = modelled.get("pace", {})
+    told = modelled.get("latency_ms", {})
+    return {bucket: ms * at.get(bucket, 1.0) for bucket, ms in told.items()}

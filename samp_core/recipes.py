@@ -8,7 +8,7 @@ than that time buys elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ OUTLIERS = "mse 4 outliers"
 PER_SITE = "per site"
 PER_TOKEN = "per site and token"
 DEAR = "per site, token or outliers where dear"
+UNCOMPARED = Recipe(calibrator="percentile", percentile=99.99)
+"""What every site gets where there was no time to compare anything."""
 SAVING = 0.03
 """Share of the whole cost that a token scale or split channels have to take off at a site."""
 
@@ -68,8 +70,17 @@ def title(recipe: Recipe) -> str:
     return " ".join(words + ([f"{recipe.outliers} outliers"] if recipe.outliers else []))
 
 
-def choose(config: BuildConfig, bench: Workbench, calibration: Split, search: Split) -> Chosen:
-    """The recipes of a build: those asked for, or with `auto` what loses least for its time."""
+def choose(
+    config: BuildConfig,
+    bench: Workbench,
+    calibration: Split,
+    search: Split,
+    stop: Callable[[], bool] = lambda: False,
+) -> Chosen:
+    """The recipes of a build: those asked for, or with `auto` what loses least for its time.
+
+    After `stop` nothing more is compared: `left_out` of the record names what was not.
+    """
     ranges = bench.ranges(calibration)
     base = replace(bench.base_plan(), versions=versions())
     if config.activation == "token" and not per_token(bench):
@@ -90,7 +101,9 @@ def choose(config: BuildConfig, bench: Workbench, calibration: Split, search: Sp
         extra[TOKEN] = Recipe(activation="token")
     if config.activation == "auto" and ("gemm", "outliers", "") in bench.backend.capabilities():
         extra[OUTLIERS] = Recipe(calibrator="mse", outliers=4)
-    errors = measured_errors(bench, calibration, ranges, {**static, **extra})
+    errors = measured_errors(bench, calibration, ranges, {**static, **extra}, stop)
+    if not errors:
+        return _uncompared(config, base, ranges, static)
     made = per_site(errors, static)
     found: dict[str, Recipes] = {PER_SITE: made}
     if TOKEN in extra:
@@ -101,15 +114,35 @@ def choose(config: BuildConfig, bench: Workbench, calibration: Split, search: Sp
     if config.activation == "token":
         sites = dict.fromkeys(token_sites(list(made)), extra[TOKEN])
         found, static = {PER_TOKEN: {**made, **sites}}, {}
-    trials, rate = _trials(config, bench, base, ranges, search, static, found)
-    best = min(trials, key=lambda trial: trial.kl + rate * trial.ms)
+    trials = _Trials(config, bench, base, ranges, search, stop)
+    best, rate = trials.best(static, found)
     record = {
         "chosen": best.name,
         "kl_per_ms": rate,
-        "trials": [{"name": t.name, "kl": t.kl, "latency_ms": t.ms} for t in trials],
+        "trials": [{"name": t.name, "kl": t.kl, "latency_ms": t.ms} for t in trials.made],
         "errors": errors,
+        "left_out": trials.left_out,
     }
     return Chosen(best.recipes, with_scales(base, ranges, best.recipes), record)
+
+
+def stopped_note(record: Mapping[str, Any]) -> list[str]:
+    """What the time budget left uncompared, in words."""
+    left = record.get("left_out")
+    if not left:
+        return []
+    return [
+        f"the time budget ended the comparison of calibrators: {record['chosen']} is in use, not "
+        f"compared on all search rows: {', '.join(left)}"
+    ]
+
+
+def _uncompared(
+    config: BuildConfig, base: Plan, ranges: calibrate.Ranges, static: Mapping[str, Recipe]
+) -> Chosen:
+    recipe = replace(UNCOMPARED, activation="token" if config.activation == "token" else "static")
+    record = {"chosen": title(recipe), "left_out": [*static, PER_SITE]}
+    return Chosen(recipe, with_scales(base, ranges, recipe), record)
 
 
 def with_scales(base: Plan, ranges: calibrate.Ranges, recipes: Recipes) -> Plan:
@@ -150,44 +183,97 @@ def per_token(bench: Workbench) -> bool:
     return ("gemm", "int8", "token") in bench.backend.capabilities()
 
 
-def _trials(
-    config: BuildConfig,
-    bench: Workbench,
-    base: Plan,
-    ranges: calibrate.Ranges,
-    search: Split,
-    static: Mapping[str, Recipe],
-    found: Mapping[str, Recipes],
-) -> tuple[list[Trial], float]:
-    """The best uniform recipe and every choice by site over all search rows, and the rate.
+class _Trials:
+    """Everything in int8 under one choice of recipes after another, over the search rows."""
 
-    rate: what KL a millisecond buys on average, from float to everything in int8.
-    """
-    some = screening(bench, search)
-    screened = {
-        name: _kl(bench, _full(bench, base, ranges, recipe), some, name)
-        for name, recipe in static.items()
-    }
-    first = min(screened, key=lambda name: screened[name]) if screened else None
-    named: dict[str, Recipes] = {**({first: static[first]} if first else {}), **found}
-    plans = {name: _full(bench, base, ranges, recipes) for name, recipes in named.items()}
-    plans = {name: p for name, p in plans.items() if _first_of_equals(plans, name)}
-    kl = {name: _kl(bench, plan, search, name) for name, plan in plans.items()}
-    times = dict.fromkeys(plans, 0.0)
-    rate = 0.0
-    if len({_shape(plan) for plan in plans.values()}) > 1:
-        # A static scale's value costs nothing: plans that differ in it alone have one time.
+    def __init__(
+        self,
+        config: BuildConfig,
+        bench: Workbench,
+        base: Plan,
+        ranges: calibrate.Ranges,
+        search: Split,
+        stop: Callable[[], bool],
+    ) -> None:
+        self._config, self._bench, self._base, self._ranges = config, bench, base, ranges
+        self._search, self._stop = search, stop
+        self._kl: dict[str, float] = {}
+        self._plans: dict[str, Plan] = {}
+        self.made: list[Trial] = []
+        self.left_out: list[str] = []
+
+    def best(
+        self, static: Mapping[str, Recipe], found: Mapping[str, Recipes]
+    ) -> tuple[Trial, float]:
+        """Of the choices by site and the best uniform recipe the one to take, and the rate.
+
+        rate: what KL a millisecond buys on average, from float to everything in int8. Choices by
+        site come first: they nearly always win, and the time may end.
+        """
+        for name, recipes in found.items():
+            self._compare(name, recipes)
+        some = screening(self._bench, self._search)
+        screened: dict[str, float] = {}
+        for name, recipe in static.items():
+            if self._stop():
+                self.left_out.append(name)
+            else:
+                screened[name] = self._divergence(self._full(recipe), some, name)
+        named = dict(found)
+        if screened:
+            first = min(screened, key=lambda name: screened[name])
+            self._compare(first, static[first])
+            named[first] = static[first]
+        if not self._kl:
+            name, recipes = next(iter(found.items()))
+            return Trial(name, recipes, 0.0, 0.0), 0.0
+        times, rate = self._times()
+        self.made = [Trial(n, named[n], kl, times[n]) for n, kl in self._kl.items() if n in times]
+        return min(self.made, key=lambda trial: trial.kl + rate * trial.ms), rate
+
+    def _compare(self, name: str, recipes: Recipes) -> None:
+        """Its KL over all search rows, once for equal plans, while there is time."""
+        plan = self._full(recipes)
+        if any(plan.key() == other.key() for other in self._plans.values()):
+            return
+        if self._stop():
+            self.left_out.append(name)
+            return
+        self._plans[name] = plan
+        self._kl[name] = self._divergence(plan, self._search, name)
+
+    def _times(self) -> tuple[dict[str, float], float]:
+        """Milliseconds of each choice, and the rate; without the time for it, of the plain alone.
+
+        A static scale's value costs nothing: plans that differ in it alone have one time.
+        """
+        plans = self._plans
         timed = {_shape(plan): plan for plan in plans.values()}
-        each = {"float": base, **timed}
-        ms = bench.latencies(
-            each, search, "what scales per token and outliers cost", tuple(config.mix)
-        )
-        weighed = {name: _weigh(found, config.mix) for name, found in ms.items()}
-        times = {name: weighed[_shape(plan)] for name, plan in plans.items()}
         plain = min(plans, key=lambda name: len(_shape(plans[name])))
+        if len(timed) == 1:
+            return dict.fromkeys(plans, 0.0), 0.0
+        if self._stop():
+            same = [name for name in plans if _shape(plans[name]) == _shape(plans[plain])]
+            self.left_out += [name for name in plans if name not in same]
+            return dict.fromkeys(same, 0.0), 0.0
+        each = {"float": self._base, **timed}
+        mix = self._config.mix
+        ms = self._bench.latencies(
+            each, self._search, "what scales per token and outliers cost", tuple(mix)
+        )
+        weighed = {name: _weigh(found, mix) for name, found in ms.items()}
+        times = {name: weighed[_shape(plan)] for name, plan in plans.items()}
         saved = weighed["float"] - times[plain]
-        rate = kl[plain] / saved if saved > 0.0 else 0.0
-    return [Trial(name, named[name], kl[name], times[name]) for name in plans], rate
+        return times, self._kl[plain] / saved if saved > 0.0 else 0.0
+
+    def _full(self, recipes: Recipes) -> Plan:
+        scaled = with_scales(self._base, self._ranges, recipes)
+        return mode_plan(scaled, "full", self._base.layers, self._bench.quantizable(), recipes)
+
+    def _divergence(self, plan: Plan, split: Split, name: str) -> float:
+        reference = self._bench.logits(self._bench.base_plan(), split, "search: float")
+        logits = self._bench.logits(plan, split, f"compare calibrators: {name}")
+        return self._bench.divergence(reference, logits)
 
 
 def screening(bench: Workbench, search: Split) -> Split:
@@ -198,21 +284,6 @@ def screening(bench: Workbench, search: Split) -> Split:
     places = np.linspace(0, rows.n - 1, SCREENED).astype(int).tolist()
     texts, labels = ([part[i] for i in places] for part in (rows.texts, rows.labels))
     return bench.split(make_rows(texts, labels, rows.source))
-
-
-def _full(bench: Workbench, base: Plan, ranges: calibrate.Ranges, recipes: Recipes) -> Plan:
-    scaled = with_scales(base, ranges, recipes)
-    return mode_plan(scaled, "full", base.layers, bench.quantizable(), recipes)
-
-
-def _kl(bench: Workbench, plan: Plan, split: Split, name: str) -> float:
-    reference = bench.logits(bench.base_plan(), split, "search: float")
-    logits = bench.logits(plan, split, f"compare calibrators: {name}")
-    return bench.divergence(reference, logits)
-
-
-def _first_of_equals(plans: Mapping[str, Plan], name: str) -> bool:
-    return next(n for n, plan in plans.items() if plan.key() == plans[name].key()) == name
 
 
 def _shape(plan: Plan) -> str:

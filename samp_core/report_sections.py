@@ -11,6 +11,7 @@ from typing import Any
 from samp_core import report_charts as charts
 from samp_core import report_front, report_maps
 from samp_core import report_words as say
+from samp_core.latency import foretold
 from samp_core.report_facts import EXACT, Facts, TierFacts
 from samp_core.report_figure import names_of, precision_colour, tier_colours, unit_of
 from samp_core.report_html import Html, join, table, tag
@@ -274,7 +275,7 @@ def latency(facts: Facts, figures: Figures) -> Html:
             ms, slow = tier.latency_ms.get(bucket), facts.exact.latency_ms[bucket]
             ratio = "" if tier.name == EXACT or ms is None else f" ({slow / ms:.2f}x)"
             cells.append("-" if ms is None else f"{say.ms(ms)}{ratio}")
-        told = facts.weigh(tier.plan.modelled.get("latency_ms") or {})
+        told = facts.weigh(foretold(tier.plan.modelled))
         again = facts.weigh(tier.latency_ms)
         off = "-"
         if told is not None and again:
@@ -283,7 +284,8 @@ def latency(facts: Facts, figures: Figures) -> Html:
     heads = ["tier", *(f"{b} text" + ("s" if b != "1" else "") for b in buckets), "foretold"]
     caption = (
         "Encoder and head in process, without a server; medians of whole passes, the plans taking "
-        f"turns. Foretold: for {say.batch(facts)}, before the plan was chosen."
+        f"turns. Foretold: for {say.batch(facts)}, before the plan was "
+        "chosen, at the pace of exact when all were measured."
     )
     return join([*parts, table(heads, rows, caption=caption)])
 

@@ -37,23 +37,43 @@ Errors = dict[str, dict[str, float]]
 
 
 def measured_errors(
-    bench: Workbench, split: Split, ranges: Ranges, options: Mapping[str, Recipe]
+    bench: Workbench,
+    split: Split,
+    ranges: Ranges,
+    options: Mapping[str, Recipe],
+    stop: Callable[[], bool] = lambda: False,
 ) -> Errors:
-    """The cost of every option at every site, over a share of a split; found again in the cache."""
+    """The cost of every option at every site, over a share of a split; found again in the cache.
+
+    After `stop`, over the texts so far, which the cache does not keep; empty where there are none.
+    """
 
     def make() -> Errors:
         packed = [batch for batch, _ in batches(sample(bench.pieces(split)))]
         step = bench.progress("calibrate: what each recipe costs at each site", len(packed))
         measuring = _Measuring(bench, ranges, options)
         for batch in packed:
+            if stop():
+                raise _Stopped(measuring.errors())
             measuring.add(batch)
             step()
         return measuring.errors()
 
     key = bench.key(bench.base_plan(), split)
     asked = {"options": list(options), "rows": ROWS, "tokens": TOKENS, "probes": PROBES}
-    found: Errors = bench.cache.json("errors", {**key, **asked}, make)
+    try:
+        found: Errors = bench.cache.json("errors", {**key, **asked}, make)
+    except _Stopped as stopped:
+        found = stopped.errors
     return found
+
+
+class _Stopped(Exception):
+    """The time is up; the errors so far."""
+
+    def __init__(self, errors: Errors) -> None:
+        super().__init__()
+        self.errors = errors
 
 
 def sample(pieces: Sequence[Encoding]) -> list[Encoding]:

@@ -63,6 +63,52 @@ def test_the_choice_is_the_least_and_no_uniform_recipe_beats_it(chosen: recipes.
     assert len(scales) == 3 * (4 + 2 + 2), "of every site, so that any plan can be made"
 
 
+class Steps:
+    """A stop after so many questions."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_without_time_nothing_is_compared(tmp_path: Path) -> None:
+    opened = Opened(tmp_path)
+    found = recipes.choose(
+        opened.config, opened.bench, opened.calibration, opened.search, lambda: True
+    )
+    assert found.recipes == recipes.UNCOMPARED
+    assert set(found.record["left_out"]) == {*recipes.uniform(), recipes.PER_SITE}
+    assert len(found.scaled.scales) == 3 * (4 + 2 + 2)
+    assert not list((tmp_path / "out" / "cache").glob("errors-*")), "a part is not kept"
+    (note,) = recipes.stopped_note(found.record)
+    assert "percentile 99.99 is in use" in note
+
+
+def test_the_best_so_far_is_taken(opened: Opened, chosen: recipes.Chosen) -> None:
+    """Whenever the time ends, what was compared decides, and the rest is named."""
+    most = len(recipes.uniform()) + 5
+    sizes = []
+    for steps in range(most):
+        found = recipes.choose(
+            opened.config, opened.bench, opened.calibration, opened.search, Steps(steps)
+        )
+        record = found.record
+        done = {trial["name"] for trial in record["trials"]}
+        assert record["chosen"] in (done or {recipes.PER_SITE})
+        assert not done & set(record["left_out"])
+        assert bool(recipes.stopped_note(record)) == bool(record["left_out"])
+        rate = record["kl_per_ms"]
+        cost = {t["name"]: t["kl"] + rate * t["latency_ms"] for t in record["trials"]}
+        assert not done or cost[record["chosen"]] == min(cost.values())
+        sizes.append(len(record["left_out"]))
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 0 < sizes[0]
+    assert found.record == chosen.record
+
+
 def test_a_cost_is_near_the_measured_divergence(opened: Opened) -> None:
     """Of sites whose loss is not noise, the second order is within a factor of three of the KL."""
     bench, coarse = opened.bench, Recipe(calibrator="percentile", percentile=60.0)
@@ -113,6 +159,7 @@ def test_a_named_calibrator_is_taken_as_it_is(
 ) -> None:
     found = Opened(tmp_path, **fields).choose()
     assert found.record == {"chosen": title}
+    assert recipes.stopped_note(found.record) == []
     assert isinstance(found.recipes, Recipe)
     assert recipes.title(found.recipes) == title
 

@@ -82,3 +82,33 @@ def test_what_is_absent_is_said(bench: Any, tmp_path: Path) -> None:
     for name in ("banking/config.json", "banking77-test.jsonl"):
         (tmp_path / name).write_text("{}")
     assert bench.missing(banking) == ""
+
+
+def test_pairs_are_added_to_the_newest_result(bench: Any, tmp_path: Path) -> None:
+    assert bench.earlier(tmp_path) == []
+    ending = bench.machine.slug("tasks")
+    for date, model in (("2026-01-02", "new"), ("2026-01-01", "old")):
+        rows = [{"kind": "run", "model": model}]
+        (tmp_path / f"{date}-{ending}.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "2026-01-03-tasks-another-cpu.json").write_text("{}")
+    assert [row["model"] for row in bench.earlier(tmp_path)] == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"), [(6, range(1, 7)), (12, range(2, 13, 2)), (2, (1, 2))]
+)
+def test_modes_end_with_all_layers(bench: Any, layers: int, wanted: Any) -> None:
+    kinds = ("ffn_only", "full")
+    modes = dict.fromkeys(["float", *(f"{m}({k})" for m in kinds for k in range(1, layers + 1))])
+    assert list(bench.some_of(modes)) == ["float", *(f"{m}({k})" for m in kinds for k in wanted)]
+
+
+def test_milp_is_compared_at_equal_promise(bench: Any) -> None:
+    def tier(strategy: str, name: str, ms: float) -> dict[str, Any]:
+        return {"kind": "tier", "strategy": strategy, "name": name, "together_ms": {"1": ms}}
+
+    rows = [tier("milp", "p0-5", 2.0), tier("samp", "p0-5", 3.0), tier("greedy", "p0-5", 1.0)]
+    rows += [tier("milp", "exact", 9.0), tier("samp", "p1", 1.0), {"kind": "run"}]
+    (found,) = bench.tasks_table.verdicts(rows)
+    assert found["tier"] == "p0-5"
+    assert found["others"] == "samp 1.500 times that, greedy 0.500 times that"
