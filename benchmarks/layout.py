@@ -5,6 +5,8 @@
 One real Triton for each layout stands ready, and one at a time is called, at 1, 8 and 32 callers
 with one text a request. Every round calls every layout, in an order that turns, so that a slow
 minute falls on all of them; what is shown are medians over rounds, beside the layout of the builds.
+Triton's statistics say how long a request waited for each step and was computed there, and so the
+tokenizer's share.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import store
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from samp_client import StepTime, connect
 from serving import Figures, Worker, server_version, spread
 
 from samp_core.manifest import read_manifest
@@ -33,6 +36,7 @@ from samp_core.server import Server
 from samp_core.stage import Layout
 
 CONSOLE = Console(stderr=True)
+Steps = dict[tuple[str, int], list[Sequence[StepTime]]]
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,48 @@ def measure(
     servers: Sequence[tuple[Arm, Server]],
     ensemble: str,
     options: argparse.Namespace,
-) -> dict[tuple[str, int], Figures]:
-    """(arm, callers) -> figures."""
+) -> tuple[dict[tuple[str, int], Figures], Steps]:
+    """(arm, callers) -> figures, and the times of the ensemble's steps in each round."""
     found: dict[tuple[str, int], Figures] = {}
+    steps: Steps = {}
     jobs = itertools.product(range(options.rounds), options.concurrency, range(len(servers)))
     for turn, callers, index in track(list(jobs), "layouts", console=CONSOLE):
         arm, server = servers[(index + turn) % len(servers)]
-        result = client.ask(
-            url=server.grpc,
-            model=ensemble,
-            concurrency=callers,
-            seconds=options.seconds,
-            warm_s=options.warm,
-        )
+        with connect(server.grpc) as triton:
+            before = triton.statistics()
+            result = client.ask(
+                url=server.grpc,
+                model=ensemble,
+                concurrency=callers,
+                seconds=options.seconds,
+                warm_s=options.warm,
+            )
+            times = triton.server_times(options.tier, before, triton.statistics())
         found.setdefault((arm.name, callers), Figures()).add(arm.name, result)
-    return found
+        steps.setdefault((arm.name, callers), []).append(times.steps)
+    return found, steps
+
+
+def step_facts(rounds: Sequence[Sequence[StepTime]]) -> dict[str, Any]:
+    """Medians over rounds: ms a request by role, and the tokenizer's share of the computing."""
+    made: dict[str, Any] = {"steps_ms": {}}
+    for place, step in enumerate(rounds[0]):
+        parts = {
+            "queue": [steps[place].queue_ms or 0.0 for steps in rounds],
+            "compute": [steps[place].compute_ms or 0.0 for steps in rounds],
+        }
+        role = step.model.partition("_")[0]
+        made["steps_ms"][role] = {k: round(statistics.median(v), 4) for k, v in parts.items()}
+    computed = {role: times["compute"] for role, times in made["steps_ms"].items()}
+    made["tokenizer_share"] = round(computed["tokenizer"] / sum(computed.values()), 4)
+    return made
 
 
 def rows(
-    chosen: Sequence[Arm], found: Mapping[tuple[str, int], Figures], callers: Sequence[int]
+    chosen: Sequence[Arm],
+    found: Mapping[tuple[str, int], Figures],
+    steps: Steps,
+    callers: Sequence[int],
 ) -> list[dict[str, Any]]:
     """One row for each layout and number of callers; ratios to the first layout, round by round."""
     made = []
@@ -110,6 +137,7 @@ def rows(
                 "ratio_as_built": round(statistics.median(ratios), 4),
                 "ratio_as_built_range": [round(min(ratios), 4), round(max(ratios), 4)],
                 "client_cores": round(statistics.median(figures.client_cores), 3),
+                **step_facts(steps[arm.name, count]),
             }
         )
     return made
@@ -119,7 +147,7 @@ def show(made: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title="one text a request, gRPC; ratio of texts/s to the layout as built")
     for column in ("callers", "layout"):
         table.add_column(column)
-    for column in ("texts/s", "p50 ms", "p95 ms", "ratio", "least", "most"):
+    for column in ("texts/s", "p50 ms", "p95 ms", "ratio", "least", "most", "tokenizer"):
         table.add_column(column, justify="right")
     for row in made:
         low, high = row["ratio_as_built_range"]
@@ -130,6 +158,7 @@ def show(made: Sequence[Mapping[str, Any]]) -> None:
             f"{row['ours_ms']['median']:.2f}",
             f"{row['ours_ms']['p95']:.2f}",
             *(f"{value:.3f}" for value in (row["ratio_as_built"], low, high)),
+            f"{row['tokenizer_share']:.0%}",
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
@@ -178,9 +207,9 @@ def main() -> None:
         client = on.enter_context(Worker("closed_loop.py", str(options.data)))
         version = server_version(servers[0][1].http)
         bystanders = machine.Bystanders([client.pid, *(server.pid for _, server in servers)])
-        found = measure(client, servers, build.tiers[tier].ensemble, options)
+        found, steps = measure(client, servers, build.tiers[tier].ensemble, options)
         others = bystanders.share()
-    made = rows(chosen, found, options.concurrency)
+    made = rows(chosen, found, steps, options.concurrency)
     whole = not (options.quick or options.only)
     plan = models_plan(options.repository, build.tiers[tier].encoder)
     path = machine.write_result(

@@ -6,6 +6,9 @@
 WordPiece is the demo's, or trained here with BPE and Unigram on the film reviews; `e5` is
 multilingual-e5-small's Unigram where examples/twelve_layers/prepare.py made its folder. Both read
 the same tokenizer.json and cut the same reviews to the same length; their ids are compared first.
+
+`served` is the tokenizer model of the demo's build behind a Triton, called by itself, beside the
+same tokenizer in this process in turn: how much of one core's pace is left (after make demo).
 """
 
 from __future__ import annotations
@@ -13,15 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from interleave import Contender, Pace, measure
 from machine import ROOT, Bystanders, quantiles, report, require_quiet, versions, write_result
+from serving import Worker
 
+from samp_core.control import stubs
+from samp_core.manifest import read_manifest
+from samp_core.server import Server
 from samp_core.text import TextEncoder
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -34,6 +44,8 @@ READY = {
 LENGTH = 128
 BATCHES = (1, 32)
 VOCABULARY = 30_000
+# Texts a request, and callers that keep the model busy with them.
+REQUESTS = ((1, 16), (32, 2))
 Encode = Callable[[list[str]], object]
 
 
@@ -43,6 +55,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="short turns: it runs, no figures")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repository", type=Path, default=ROOT / "model_repository/film-reviews")
     asked = parser.parse_args()
     if not REVIEWS.is_file():
         raise SystemExit("bench: no film reviews; make demo-checkpoint writes them")
@@ -51,6 +64,7 @@ def main() -> None:
     texts = [json.loads(line)["text"] for line in REVIEWS.open(encoding="utf-8")][:2048]
     others = Bystanders([])
     rows, not_run = [], []
+    served: list[dict[str, Any]] = []
     for kind, folder in folders(texts, asked.quick).items():
         if not (folder / "tokenizer.json").is_file():
             not_run.append(f"{kind}: {folder.relative_to(ROOT)} is not there")
@@ -58,8 +72,13 @@ def main() -> None:
         rows += kind_rows(kind, folder, texts, pace, asked.seed)
     print(table(rows))
     share = others.share()
+    if (asked.repository / "current").exists():
+        served = served_rows(asked.repository, *((1, 0.3) if asked.quick else (5, 2.0)))
+        print(served_table(served))
+    else:
+        not_run.append("served: no build; make demo writes it")
     path = write_result(
-        "tokenizer", threads=1, rows=rows, not_run=not_run, found_limits={},
+        "tokenizer", threads=1, rows=[*rows, *served], not_run=not_run, found_limits={},
         found_versions=versions(), seed=asked.seed, busy_share=busy, others_share=share,
         **({"folder": ROOT / "build" / "bench" / "results"} if asked.quick else {}),
     )  # fmt: skip
@@ -142,6 +161,69 @@ def kind_rows(
         rows.append(row)
     print(f"{kind}: measured", file=sys.stderr, flush=True)
     return rows
+
+
+def served_rows(repository: Path, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """The tokenizer model by itself, and the same tokenizer here, in turn; a row for each size."""
+    build = read_manifest(repository)
+    name = f"tokenizer_{build.model}"
+    ours = TextEncoder.load(build.folder / "models" / name / "1")
+    texts = [json.loads(line)["text"] for line in REVIEWS.open(encoding="utf-8")][:2048]
+    found = []
+    with (
+        Server.start(repository, tiers=[build.default_tier]) as server,
+        Worker("closed_loop.py", str(REVIEWS)) as client,
+    ):
+        (pid,) = stubs(server.pid)[name]
+        process = psutil.Process(pid)
+        for size, callers in REQUESTS:
+            call = walk(lambda batch: ours.encode(batch, offsets=False), texts, size)
+            rates, here, cores = [], [], []
+            for _ in range(rounds):
+                busy, begun = sum(process.cpu_times()[:2]), time.perf_counter()
+                job = {"concurrency": callers, "seconds": seconds, "warm_s": 0.2, "texts": 2048}
+                result = client.ask(url=server.grpc, model=name, rows=size, **job)
+                if result["failures"]:
+                    raise SystemExit(f"bench: {name} failed: {result['failures'][0]}")
+                spent = sum(process.cpu_times()[:2]) - busy
+                cores.append(spent / (time.perf_counter() - begun))
+                rates.append(size * result["rps"])
+                begun, calls = time.perf_counter(), 0
+                while time.perf_counter() < begun + seconds / 2:
+                    call()
+                    calls += 1
+                here.append(size * calls / (time.perf_counter() - begun))
+            found.append(
+                {
+                    "kind": "served", "model": name, "texts": size, "callers": callers,
+                    "max_length": ours.max_length,
+                    "served_texts_per_s": round(statistics.median(rates)),
+                    "in_process_texts_per_s": round(statistics.median(here)),
+                    "ratio_in_process": round(
+                        statistics.median(a / b for a, b in zip(rates, here, strict=True)), 3
+                    ),
+                    "process_cores": round(statistics.median(cores), 3),
+                    "texts_per_s_a_core": round(
+                        statistics.median(a / b for a, b in zip(rates, cores, strict=True))
+                    ),
+                }
+            )  # fmt: skip
+    return found
+
+
+def served_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the tokenizer model beside the same tokenizer in process."""
+    lines = [
+        "| texts a request | callers | served texts/s | its process, cores | in process texts/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = (
+            row["texts"], row["callers"], f"{row['served_texts_per_s']:,}",
+            f"{row['process_cores']:.2f}", f"{row['in_process_texts_per_s']:,}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def walk(encode: Encode, texts: list[str], size: int) -> Callable[[], object]:
