@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +17,18 @@ from forked import forks, wait_for
 from samp_client import connect
 from tiny import write_tiny
 
+from samp_core.file_job import survey
 from samp_core.server import Server
 
 ROWS = 6000
+MILLION = 1_000_000
+# The command, and what its process held at most.
+MEASURED = """
+import atexit, pathlib, sys
+from samp_core.cli import main
+atexit.register(lambda: print(pathlib.Path("/proc/self/status").read_text(), file=sys.stderr))
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +176,35 @@ def test_csv_and_a_file_that_is_none(server: Server, tmp_path: Path) -> None:
     none = forks().samp(*command(server, table, tmp_path / "none.jsonl"))
     assert (none.code, "no column text" in none.err) == (1, True)
     assert not (tmp_path / "none.jsonl.job").exists()
+
+
+def test_the_end_of_a_million_rows(server: Server, tmp_path: Path) -> None:
+    """What a kill after 999,000 rows leaves: the rest is asked, in little memory."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    part, kept = tmp_path / "out.jsonl.part", MILLION - 1000
+    answer = '"truncated": false, "label": "no", "score": 0.9, "scores": [0.9, 0.1], "error": null}'
+    with rows.open("w") as file, part.open("w") as done:
+        for place in range(MILLION):
+            file.write(f'{{"text": "a b {place}"}}\n')
+            if place < kept:
+                done.write(f'{{"index": {place}, "text": "a b {place}", {answer}\n')
+        done.write(f'{{"index": {kept}, "text": "half')
+    facts = {"schema": 1, "sha256": survey(rows).sha256, "rows": MILLION, "asked": "tiny_exact"}
+    (tmp_path / "out.jsonl.job").write_text(json.dumps(facts) + "\n")
+    words = map(str, command(server, rows, out, "--json"))
+    ended = subprocess.run(
+        [sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    found = json.loads(ended.stdout)
+    assert (found["rows"], found["before"], found["failed"]) == (MILLION, kept, 0)
+    match = re.search(r"VmHWM:\s+(\d+) kB", ended.stderr)
+    assert match is not None
+    print(f"\n1,000 of 1,000,000 rows: {found['seconds']} s, at most {int(match[1]) / 1000:.0f} MB")
+    assert int(match[1]) < 200_000
+    with out.open() as lines:
+        for place, line in enumerate(lines):
+            assert line.startswith(f'{{"index": {place}, "text": "a b {place}", ')
+    assert place == MILLION - 1
+    for large in (rows, out):  # 200 MB
+        large.unlink()
