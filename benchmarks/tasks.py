@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shutil
 import sys
 import time
@@ -265,7 +266,7 @@ def missing(pair: Pair) -> str:
     """Why a pair cannot run here, or nothing."""
     wanted = [pair.model / "config.json", pair.rows]
     wanted += [path for path in (pair.searched, pair.exclude) if path is not None]
-    absent = [str(path) for path in wanted if not path.is_file()]
+    absent = [os.path.relpath(path, ROOT) for path in wanted if not path.is_file()]
     return f"{pair.name}: no {', '.join(absent)}" if absent else ""
 
 

@@ -89,7 +89,7 @@ def test_without_time_nothing_is_compared(tmp_path: Path) -> None:
 
 def test_the_best_so_far_is_taken(opened: Opened, chosen: recipes.Chosen) -> None:
     """Whenever the time ends, what was compared decides, and the rest is named."""
-    most = len(recipes.uniform()) + 5
+    most = len(recipes.uniform()) + 6
     sizes = []
     for steps in range(most):
         found = recipes.choose(
