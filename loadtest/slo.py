@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,10 +132,19 @@ def draw(
     from matplotlib import pyplot, ticker
 
     points = sorted(found["points"], key=lambda p: float(p["rate"]))
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), dpi=130)
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.5), dpi=130)
     for name, colour in zip(percentiles, ("#7f9cc9", "#1f4e9c", "#c0562f"), strict=False):
-        drawn = [(p["rate"], p[name]) for p in points if p[name] is not None]
-        axes.plot(*zip(*drawn, strict=True), "-o", markersize=4, color=colour, label=name)
+        tried: dict[float, list[float]] = {}
+        for point in points:
+            if point[name] is not None:
+                tried.setdefault(point["rate"], []).append(point[name])
+        if not tried:
+            continue
+        # A rate that was offered again has a mark for each time, and the line goes between them.
+        medians = [statistics.median(found_ms) for found_ms in tried.values()]
+        axes.plot(list(tried), medians, "-", color=colour, label=name)
+        marks = [(rate, ms) for rate, found_ms in tried.items() for ms in found_ms]
+        axes.plot(*zip(*marks, strict=True), "o", markersize=4, color=colour)
     broken = [(p["rate"], p[target.percentile]) for p in points if not p["holds"]]
     broken = [point for point in broken if point[1] is not None]
     if broken:
@@ -154,7 +164,7 @@ def draw(
     axes.yaxis.set_minor_formatter("")
     axes.set_title(title, fontsize=11)
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(framealpha=0.9, edgecolor="none", fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial)
