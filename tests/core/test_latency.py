@@ -119,3 +119,16 @@ def test_progress_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_measure() -> None:
     with pytest.raises(SampError, match="nothing_to_measure: no plans"):
         measure({}, BUCKET)
+
+
+def test_a_plan_is_foretold_at_the_pace_of_float() -> None:
+    """A machine that runs everything half as fast again makes no plan wrongly foretold."""
+    told, now = {"1": 4.0, "8": 20.0}, {"1": 6.0, "8": 30.0, "32": 99.0}
+    pace = latency.pace(told, now)
+    assert pace == {"1": 1.5, "8": 1.5}
+    assert latency.foretold({"latency_ms": {"1": 2.0, "8": 8.0}, "pace": pace}) == {
+        "1": 3.0,
+        "8": 12.0,
+    }
+    assert latency.foretold({"latency_ms": {"1": 2.0}}) == {"1": 2.0}, "a mode of SAMP's has none"
+    assert latency.foretold({}) == {}
