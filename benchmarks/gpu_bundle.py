@@ -19,13 +19,15 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import gpu_import
+
+ROOT = gpu_import.ROOT
 LIMIT = 64 << 20
 OWN = (
     "benchmarks/closed_loop.py", "benchmarks/gpu_*.py", "client", "kernels", "samp_core",
@@ -33,12 +35,13 @@ OWN = (
 )  # fmt: skip
 # What model processes and the client import; versions are those of constraints.txt.
 WHEELS = (
-    "annotated-types", "grpcio", "protobuf", "pydantic", "pydantic-core", "python-rapidjson",
-    "safetensors", "tokenizers", "tritonclient", "typing-extensions", "typing-inspection",
+    "annotated-types", "grpcio", "ml-dtypes", "packaging", "protobuf", "pydantic", "pydantic-core",
+    "python-rapidjson", "safetensors", "tokenizers", "tritonclient", "typing-extensions",
+    "typing-inspection", "urllib3",
 )  # fmt: skip
 # The embedded Triton's stub reads texts by the numpy 1 ABI; CuPy, in the encoder, wants numpy 2.
 NUMPY = "numpy"
-SITECUSTOMIZE = '''"""numpy 1 for the model processes that read and write texts."""
+NUMPY1 = '''"""numpy 1 for the model processes that read and write texts."""
 import os
 import sys
 
@@ -52,15 +55,28 @@ if words[0].endswith(b"triton_python_backend_stub"):
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
-def unpack() -> list[Path]:
-    """On the machine with the GPU: the packages beside the bundle; what goes on sys.path."""
+def unpack() -> Path:
+    """On the machine with the GPU: the packages beside the bundle, and a Python that has them and
+    all that the running one has. An environment, since Triton's stub heeds no PYTHONPATH."""
     place = ROOT / "bundle" / "unpacked"
-    if not (place / "site").is_dir():
-        partial = Path(tempfile.mkdtemp(dir=ROOT / "bundle"))
-        with tarfile.open(ROOT / "bundle" / "site.tar.xz") as archive:
-            archive.extractall(partial, filter="data")
-        partial.rename(place)
-    return [place / "site"]
+    python = place / "venv" / "bin" / "python"
+    if python.exists():
+        return python
+    shutil.rmtree(place, ignore_errors=True)
+    with tarfile.open(ROOT / "bundle" / "site.tar.xz") as archive:
+        archive.extractall(place, filter="data")
+    command = [sys.executable, "-m", "venv", "--without-pip", str(place / "venv")]
+    subprocess.run(command, check=True)
+    (place / "links").mkdir()
+    for name, folder in gpu_import.LINKS.items():
+        (place / "links" / name).symlink_to(ROOT / folder)
+    paths = sysconfig.get_paths()
+    own = sorted({paths["purelib"], paths["platlib"]})
+    lines = [str(place / "site"), str(place / "links"), "import samp_numpy"]
+    lines += [f"import site; site.addsitedir({folder!r})" for folder in own]
+    (packages,) = (place / "venv" / "lib").glob("python*/site-packages")
+    (packages / "samp.pth").write_text("\n".join(lines) + "\n")
+    return python
 
 
 def make(out: Path, python: str, wheels: Path) -> None:
@@ -77,8 +93,8 @@ def make(out: Path, python: str, wheels: Path) -> None:
     for path in cubins:
         shutil.copyfile(path, out / "kernels" / "cuda" / "cubins" / path.name)
     (out / "bundle").mkdir()
-    with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=2) as archive:
-        add(archive, "site/sitecustomize.py", SITECUSTOMIZE.encode())
+    with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=6) as archive:
+        add(archive, "site/samp_numpy.py", NUMPY1.encode())
         for wheel in fetch(python, wheels):
             place = "numpy1" if wheel.name.startswith("numpy-") else "site"
             for name, data in wheel_files(wheel):
@@ -107,21 +123,23 @@ def pinned() -> dict[str, str]:
 
 
 def fetch(python: str, folder: Path) -> list[Path]:
-    """The wheels, downloaded once; those that constraints.txt does not pin at pydantic's wish."""
+    """The wheels, downloaded again where others are wanted."""
     versions = pinned()
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "complete").is_file():
+    wanted = [f"{n}=={versions[n]}" if n in versions else n for n in (*WHEELS, NUMPY)]
+    wanted[wanted.index("pydantic-core")] = core_of(versions["pydantic"])
+    complete = folder / "complete"
+    if not complete.is_file() or complete.read_text().split() != wanted:
+        for old in folder.glob("*.whl"):
+            old.unlink()
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder]
         command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", python]
         for name in PLATFORMS:
             command += ["--platform", f"{name}_x86_64"]
-        wanted = [f"{n}=={versions[n]}" if n in versions else n for n in (*WHEELS, NUMPY)]
-        core = core_of(versions["pydantic"])
-        wanted[wanted.index("pydantic-core")] = core
         done = subprocess.run([*command, *wanted], check=False)
         if done.returncode:
             raise SystemExit("gpu_bundle: the wheels could not be downloaded")
-        (folder / "complete").touch()
+        complete.write_text("\n".join(wanted) + "\n")
     return sorted(folder.glob("*.whl"))
 
 

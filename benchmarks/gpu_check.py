@@ -143,8 +143,7 @@ def prepare(facts: dict[str, Any], emulate: bool) -> str:
     if gpu_import.BUNDLE.is_dir():
         import gpu_bundle
 
-        for folder in gpu_bundle.unpack():
-            gpu_import.add_path(str(folder))
+        os.environ["SAMP_PYTHON"] = str(gpu_bundle.unpack())
     if emulate:
         facts["device"] = "none: emulated, which proves results and times nothing"
         return ""
@@ -219,7 +218,8 @@ def one_step(name: str, left: float, emulate: bool) -> dict[str, Any]:
     print(f"     {name}:", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder, "part.json")
-        command = [sys.executable, __file__, "--step", name, "--part", str(part)]
+        python = os.environ.get("SAMP_PYTHON", sys.executable)
+        command = [python, __file__, "--step", name, "--part", str(part)]
         command += ["--seconds", str(seconds - 5), *(["--emulate"] if emulate else [])]
         code, _ = run(command, seconds, show=True)
         found = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {}

@@ -135,9 +135,9 @@ def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
     with tarfile.open(BUNDLE / "bundle" / "site.tar.xz") as archive:
         names = archive.getnames()
     for needed in (
-        "site/sitecustomize.py", "site/pytriton/tritonserver/bin/tritonserver",
+        "site/samp_numpy.py", "site/pytriton/tritonserver/bin/tritonserver",
         "numpy1/numpy/__init__.py", "site/pydantic/__init__.py", "site/tokenizers/__init__.py",
-        "site/tritonclient/__init__.py", "site/grpc/__init__.py",
+        "site/tritonclient/__init__.py", "site/grpc/__init__.py", "site/ml_dtypes/__init__.py",
     ):  # fmt: skip
         assert needed in names
     stubs = [name for name in names if name.endswith("triton_python_backend_stub")]
