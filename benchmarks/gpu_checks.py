@@ -15,8 +15,9 @@ import numpy as np
 from gpu_report import Report
 from samp_kernels.cuda import ops
 from samp_kernels.cuda.backend import CudaBackend
+from samp_kernels.cuda.formats import has
 from samp_kernels.cuda.session import CudaSession
-from samp_kernels.cuda.tiles import TILES, Choice, room_for
+from samp_kernels.cuda.tiles import GROUP_TILES, TILES, Choice, room_for
 from samp_kernels.interface import (
     SITES,
     EmbeddingTables,
@@ -153,26 +154,37 @@ def check_gemms(report: Report, b: CudaBackend, small: bool) -> None:
 
 
 def check_tiles(report: Report, b: CudaBackend, small: bool) -> None:
-    """Every tile and split gives the same int8 sums; fp16 the same in every tile."""
+    """Whole numbers: every tile and split of mma.sync gives the same bits, every tile of wgmma too,
+    and int8's are exact in both. e4m3 sums may keep fewer bits than fp32 has."""
     rng = np.random.default_rng(time.time_ns())
     rows, k, n = (70, 560, 136) if small else (300, 768, 768)
-    whole_x, whole_w = rng.integers(-127, 128, (rows, k)), rng.integers(-127, 128, (n, k))
-    for precision in ("int8", "fp16"):
-        scale = np.full(n, 2.0**-12, np.float32) if precision == "int8" else None
-        weight = whole_w.astype(np.int8) if scale is not None else whole_w.astype(np.float32) / 128
-        packed, x = b.pack(Weight(weight, scale), precision), b.array(whole_x, precision)
-        columns, bias = None if scale is None else b.array(scale), b.array(np.zeros(n))
-        found = []
-        for tile in TILES:
-            for splits in (1, 2, 4) if precision == "int8" else (1,):
-                device, out = with_workspace(b, rows, n), b.empty(rows, n, "fp32")
-                choice = Choice(tile, splits)
-                one = ops.gemm(device, x, packed, bias, out, column_scale=columns, choice=choice)
-                for _ in range(2):
-                    b.launcher.launch(one)
-                found.append(b.to_host(out))
-        same = all(np.array_equal(found[0], other) for other in found)
-        report.check(f"tiles {precision}", same, f"{len(found)} tiles and splits bit for bit")
+    for precision, most in (("int8", 0.0), ("fp16", 1e-5), ("bf16", 1e-5), ("fp8", 2e-3)):
+        if not has(precision, b.device().sm):
+            continue
+        top = 15 if precision == "fp8" else 127
+        whole_x, whole_w = (rng.integers(-top, top + 1, shape) for shape in ((rows, k), (n, k)))
+        wanted = (whole_x @ whole_w.T) * 2.0**-12
+        tiled = b.in_tiles(whole_w, precision)
+        packed = ops.Packed(b.array(whole_w, precision), precision, None, tiled)
+        x, bias = b.array(whole_x, precision), b.array(np.zeros(n))
+        columns = b.array(np.full(n, 2.0**-12))
+        for family in (TILES, GROUP_TILES) if tiled is not None else (TILES,):
+            found = []
+            for tile in family:
+                for splits in (1, 2, 4) if precision == "int8" and tile in TILES else (1,):
+                    device, out = with_workspace(b, rows, n), b.empty(rows, n, "fp32")
+                    one = ops.gemm(
+                        device, x, packed, bias, out,
+                        column_scale=columns, choice=Choice(tile, splits),
+                    )  # fmt: skip
+                    for _ in range(2):
+                        b.launcher.launch(one)
+                    found.append(b.to_host(out))
+            same = all(np.array_equal(found[0], other) for other in found)
+            error = float(np.abs(found[0] - wanted).max() / np.abs(wanted).max())
+            name = f"tiles {precision}, {'mma.sync' if family is TILES else 'wgmma'}"
+            said = f"{len(found)} tiles and splits bit for bit, {error:.1e} from exact"
+            report.check(name, same and error <= most, said)
 
 
 def with_workspace(b: CudaBackend, rows: int, n: int) -> Any:

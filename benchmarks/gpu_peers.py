@@ -60,7 +60,7 @@ def timed(stream: Any, call: Callable[[], Any], rounds: int = ROUNDS) -> float:
 def time_gemms(report: Any, b: Any) -> None:
     """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest."""
     from samp_kernels.cuda import ops
-    from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for
+    from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for, tiles_of
     from samp_kernels.interface import Weight
 
     rng, stream, rows_found = np.random.default_rng(0), b.launcher.stream, []
@@ -83,8 +83,9 @@ def time_gemms(report: Any, b: Any) -> None:
                 )
                 b.launcher.fill(space.counters, 0, 4 * counters)
                 device, times = b.device(space), {}
-                for tile in TILES:
-                    for splits in (1, 2, 4) if precision == "int8" and rows <= 1024 else (1,):
+                tiled, small = packed.tiled is not None, precision == "int8" and rows <= 1024
+                for tile in tiles_of(precision, tiled):
+                    for splits in (1, 2, 4) if small and tile in TILES else (1,):
                         one = ops.gemm(
                             device, x, packed, bias, out,
                             column_scale=columns, choice=Choice(tile, splits),
@@ -93,7 +94,7 @@ def time_gemms(report: Any, b: Any) -> None:
                         times[f"{tile}/{splits}"] = timed(stream, call, 10)
                 each = 1 if precision == "int8" else 2
                 product = Product(rows, ops.padded(n), k * each, precision)
-                chosen = choose(product, device.sm, device.multiprocessors)
+                chosen = choose(product, device.sm, device.multiprocessors, tiled=tiled)
                 best = min(times, key=lambda name: times[name])
                 peer = _torch_product(precision, rows, n, k)
                 name = f"{chosen.tile}/{chosen.splits}"

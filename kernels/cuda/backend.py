@@ -97,10 +97,10 @@ class CudaBackend:
         if precision == "fp16" and float(np.abs(weight.data).max(initial=0.0)) > 65504.0:
             raise KernelError("pack", "a weight beyond fp16", "magnitudes of at most 65504")
         scale = None if weight.scale is None else np.asarray(weight.scale, dtype=np.float32)
-        tiled = self._in_tiles(weight.data, precision)
+        tiled = self.in_tiles(weight.data, precision)
         return Packed(self.array(weight.data, precision), precision, scale, tiled)
 
-    def _in_tiles(self, weight: Array, precision: str) -> Buffer | None:
+    def in_tiles(self, weight: Array, precision: str) -> Buffer | None:
         """The same in the order that wgmma reads, where it may run."""
         if not ops.wants_tiles(self.launcher.architecture, precision):
             return None

@@ -27,10 +27,11 @@ needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor
 
 
 def most_registers(unit: str, architecture: str) -> int:
-    """Of a thread: from sm_80 on 512 threads share a multiprocessor, before that 384; also wgmma's,
-    and those of e4m3 where sm_90 converts it for the older MMA."""
-    alone = "wgmma" in unit or (unit.startswith("gemm_fp8") and number(architecture) == 90)
-    return 168 if alone or number(architecture) < 80 else 128
+    """Of a thread: from sm_80 on 512 threads share a multiprocessor, before that 384; wgmma's have
+    it alone, as has on sm_90 the largest tile of bytes that wgmma replaces."""
+    if number(architecture) == 90 and unit in ("gemm_int8_128x128", "gemm_fp8_128x128"):
+        return 192
+    return 168 if "wgmma" in unit or number(architecture) < 80 else 128
 
 
 def find_disassembler() -> str:

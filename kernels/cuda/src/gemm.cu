@@ -14,10 +14,13 @@ typedef Of<ELEMENT>::Element Element;
 typedef Of<ELEMENT>::Sum Sum;
 
 constexpr int THREADS = 32 * WARPS_M * WARPS_N;
-// sm_90 multiplies e4m3 as fp16 here, and needs registers to convert it (its own way: wgmma).
+// sm_90 multiplies e4m3 as fp16 here, and unrolled conversions take too many registers; the largest
+// tile of bytes has no room for two blocks there. Its own way for both is wgmma.
 constexpr bool CONVERTS = ELEMENT == E4M3 && SAMP_SM == 90;
+constexpr bool ROOMY =
+    SAMP_SM == 90 && TILE_M * TILE_N == 128 * 128 && (ELEMENT == S8 || ELEMENT == E4M3);
 // Of one multiprocessor, at least.
-constexpr int BLOCKS = SAMP_SM >= 80 && !CONVERTS ? 512 / THREADS : 1;
+constexpr int BLOCKS = SAMP_SM >= 80 ? (ROOMY ? 384 : 512) / THREADS : 1;
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * SLICE;
 constexpr int WARP_M = TILE_M / WARPS_M, WARP_N = TILE_N / WARPS_N;
 constexpr int MS = WARP_M / 16, NS = WARP_N / 8;
@@ -69,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     fetch(slice + STAGES - 1);  // Into the stage that all warps have left.
     const unsigned char* xs = shared + (slice - begin) % STAGES * STAGE_BYTES;
     const unsigned char* ws = xs + TILE_M * SLICE;
-#pragma unroll
+#pragma unroll(CONVERTS ? 1 : SLICE / 32)
     for (int step = 0; step < SLICE / 32; ++step) {
       unsigned a[MS][4], b[NS][2];
 #pragma unroll
