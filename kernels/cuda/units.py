@@ -61,10 +61,10 @@ def all_units() -> tuple[Unit, ...]:
             units.append(Unit(unit, "gemm.cu", ("gemm",), defines, name, (precision,)))
     for precision in WGMMA:
         for name, group in GROUP_TILES.items():
-            defines = (("ELEMENT", KINDS[precision]), ("TILE_M", group.m), ("TILE_N", group.n))
+            sizes = (("ELEMENT", KINDS[precision]), ("TILE_M", group.m), ("TILE_N", group.n))
             unit = gemm_unit(precision, name)
             kernels, fitting = ("gemm_wgmma",), (precision,)
-            units.append(Unit(unit, "gemm_wgmma.cu", kernels, defines, name, fitting, "sm_90a"))
+            units.append(Unit(unit, "gemm_wgmma.cu", kernels, sizes, name, fitting, "sm_90a"))
     for dim in HEAD_DIMS:
         own: tuple[tuple[str, int], ...] = (("DIM", dim),)
         name = attention_unit(("fp32", "fp32"), dim)
