@@ -150,8 +150,10 @@ def prepare(facts: dict[str, Any], emulate: bool) -> str:
     import gpu_peers
     from samp_kernels.cuda import build, missing
 
+    if missing() and "no cubin" not in missing():
+        return missing()
     facts |= gpu_peers.device_facts(ROOT)
-    if "no cubin" in missing():
+    if missing():
         from samp_kernels.cuda.launcher import CupyLauncher
 
         try:
