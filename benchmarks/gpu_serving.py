@@ -181,7 +181,7 @@ def serve(report: Report, emulate: bool) -> None:
             report.check("serving, ready", True, ", ".join(server.models))
             call(report, server, model, plans)
             ab(report, server, model)
-            load(report, server, model, seconds=1.0 if emulate else 4.0)
+            load(report, server, model, seconds=4.0)
 
 
 def generate(report: Report, model: Model) -> dict[str, Any]:
