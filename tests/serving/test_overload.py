@@ -97,7 +97,8 @@ def alive(server: Server) -> bool:
     try:
         classify(server.grpc, "tiny_exact", ["a"])
     except InferenceServerException as error:
-        assert "not healthy" in str(error)
+        if "not healthy" not in str(error):
+            raise
         return False
     return True
 
@@ -123,7 +124,7 @@ def test_the_client_sends_again(server: Server, protocol: Literal["grpc", "http"
         before = sum(refused(server).values())
         stopped.__enter__()
         calls = [pool.submit(classify, server.grpc, "tiny_exact", TEXTS) for _ in range(3)]
-        assert wait_for(lambda: sum(call.done() for call in calls) == 1, 30), calls
+        assert wait_for(lambda: any(call.done() for call in calls), 30)
         twice = pool.submit(go_on, before + 1)
         with contextlib.suppress(ServerFault):  # "not healthy", as above
             assert len(client.predict(TEXTS[:2], tier="exact")) == 2
