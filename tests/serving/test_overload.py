@@ -69,7 +69,7 @@ def test_what_would_wait_too_long_is_refused_at_once(server: Server) -> None:
     with ThreadPoolExecutor(6) as pool:
         with Stopped(server):
             calls = [pool.submit(classify, server.grpc, "tiny_exact", TEXTS) for _ in range(6)]
-            assert wait_for(lambda: sum(call.done() for call in calls) == 4, 30)
+            assert wait_for(lambda: sum(call.done() for call in calls) >= 4, 30)
             # Another tier goes on meanwhile, and so does the tokenizer for whoever calls it.
             assert np.array_equal(classify(server.grpc, "tiny_fast", TEXTS)["SCORES"], other)
             text = np.array([[b"a b c"]], dtype=np.object_)
