@@ -57,6 +57,7 @@ def carried(bundler: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check(folder: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """gpu_check of that folder: exit status, result, output."""
     out = folder / "result.json"
+    out.unlink(missing_ok=True)
     script = str(folder / "benchmarks" / "gpu_check.py")
     environment = {
         **os.environ,
