@@ -19,8 +19,6 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from samp_core.model_config import HARD_LIMIT, MAX_BATCH, OF_TIER, QUEUE_S
 
 SHM = Path("/dev/shm")
@@ -52,8 +50,9 @@ class Progress:
             memory = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
-        self._slots = np.frombuffer(memory, dtype=np.float64).reshape(INSTANCES, FIELDS)
-        self._mine = self._slots[slot % INSTANCES]
+        self._slots = memoryview(memory).cast("d")
+        mine = FIELDS * (slot % INSTANCES)
+        self._mine = self._slots[mine : mine + FIELDS]
         self._rows = self._seconds = 0.0
 
     def begin(self, rows: int) -> None:
@@ -83,22 +82,25 @@ class Progress:
     @property
     def taken(self) -> float:
         """Rows that all instances have taken."""
-        return float(self._slots[:, _TAKEN].sum())
+        return sum(self._all(_TAKEN))
 
     @property
     def starts(self) -> float:
-        return float(self._slots[:, _STARTS].sum())
+        return sum(self._all(_STARTS))
 
     @property
     def rate(self) -> float:
         """Rows a second of all instances while they work; 0: not known."""
-        return float(self._slots[:, _RATE].sum())
+        return sum(self._all(_RATE))
 
     def empty(self, now: float) -> float:
         """When its queue was last seen empty."""
-        busy = (self._slots[:, _BEGAN] > 0).any()
-        idle = not busy and self._slots[:, _ENDED].max() <= now - _ON_THE_WAY_S
-        return now if idle else float(self._slots[:, _EMPTY].max())
+        idle = not any(self._all(_BEGAN)) and max(self._all(_ENDED)) <= now - _ON_THE_WAY_S
+        return now if idle else max(self._all(_EMPTY))
+
+    def _all(self, field: int) -> list[float]:
+        """One field of every slot."""
+        return [float(value) for value in self._slots[field::FIELDS]]
 
 
 class Gate:

@@ -332,7 +332,7 @@ def tier_files(
         {"plan": name, **asdict(test), "passed": bool(test.passed)} for name, test in choice.tests
     ]
     candidate = found.candidates[choice.plan]
-    modelled = {"latency_ms": {SINGLE: candidate.latency_ms}}
+    modelled: dict[str, Any] = {"latency_ms": {SINGLE: candidate.latency_ms}}
     if choice.plan in found.modelled:
         modelled = {**found.modelled[choice.plan], "pace": pace}
     plan = found.plans[choice.plan].with_provenance(

@@ -119,8 +119,8 @@ def plan_schema() -> dict[str, Any]:
             },
             "modelled": {
                 "type": "object",
-                "description": "what the search foretold: latency_ms by bucket, kl in nats; pace by "
-                "bucket: float measured with this plan over float foretold",
+                "description": "what the search foretold: latency_ms by bucket, kl in nats; pace "
+                "by bucket: float measured with this plan over float foretold",
                 "properties": {
                     "latency_ms": {"type": "object", "additionalProperties": number},
                     "pace": {"type": "object", "additionalProperties": number},

@@ -37,7 +37,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[Serving], list[Che
         "fuzz": lambda s: fuzz.campaign(s, options.requests, options.seed, options.case),
         "limits": known.campaign,
         "kills": kills.campaign,
-        "overload": lambda s: overload.campaign(s, 8 if options.short else 16),
+        "overload": lambda s: overload.campaign(s, 8 if options.short else 16, not options.short),
         "soak": lambda s: [load.soak(s, options.soak)],
         "disk": lambda s: disk.campaign(s, options.short),
     }
