@@ -161,7 +161,7 @@ def test_why_each_site_is_as_it_is(made: Made) -> None:
         name = site["site"].replace("attention", "scores")
         assert site["precision"] == plan.precision(name)
         assert site["why"].startswith(f"{site['precision']}")
-        assert f"{site['kl']:.1e} nats" in site["why"] or "save nothing" in site["why"]
+        assert f"{site['kl']:.1e} nats" in site["why"] or "saves nothing" in site["why"]
     assert sorted(site["rank"] for site in told["sites"]) == list(range(1, len(told["sites"]) + 1))
     dearest = max(told["sites"], key=lambda site: float(site["kl"]))
     assert dearest["rank"] == 1
