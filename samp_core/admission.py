@@ -31,6 +31,8 @@ _TAKEN, _RATE, _BEGAN, _ENDED, _STARTS, _EMPTY = range(FIELDS)
 _MEAN_ROWS = 512
 # One batch runs and two wait: an encoder that is never idle has its full throughput.
 LEAST_ROWS = 2 * MAX_BATCH
+# So many may wait whatever is in them: our clients send no more of a file at once by default.
+LEAST_REQUESTS = 16
 # What was sent so long before the queue was empty is not in it, wherever it went.
 _ON_THE_WAY_S = 0.25
 # Triton hands over what waits as soon as a batch has ended. A pause of so long, and then a batch
@@ -119,7 +121,8 @@ class Gate:
         """None, and the rows count as sent; or the seconds of work that wait already: refuse."""
         now = time.monotonic()
         self._settle(now)
-        if self._waiting >= self._share * LEAST_ROWS:
+        many = len(self._sent) >= self._share * LEAST_REQUESTS
+        if many and self._waiting >= self._share * LEAST_ROWS:
             rate = self._share * self._progress.rate
             if rate > 0 and self._waiting / rate >= self.limit_s:
                 return self._waiting / rate

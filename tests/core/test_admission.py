@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from samp_core import admission
-from samp_core.admission import LEAST_ROWS, Gate, Progress
+from samp_core.admission import LEAST_REQUESTS, LEAST_ROWS, Gate, Progress
 from samp_core.model_config import HARD_LIMIT
 
 BATCH_S = 0.1
@@ -93,7 +93,7 @@ def test_what_never_arrives_is_forgotten(tmp_path: Path, clock: Clock) -> None:
     gate = Gate(progress, 1.0)
     fill(gate, 64)
     clock.now += 0.3
-    assert fill(gate, 64) == 640
+    assert fill(gate, 16) == 640
 
 
 def test_what_never_arrives_is_forgotten_under_load(tmp_path: Path, clock: Clock) -> None:
@@ -148,7 +148,13 @@ def test_direct_calls_of_the_encoder_do_no_harm(tmp_path: Path, clock: Clock) ->
     progress = Progress(tmp_path / "queue")
     gate = Gate(progress, 1.0)
     run(progress, clock, 20)  # 1,280 rows that this gate never saw
-    assert fill(gate, 64) == 640
+    assert fill(gate, 16) == 640
+
+
+def test_a_few_large_requests_may_always_wait(tmp_path: Path, clock: Clock) -> None:
+    progress = Progress(tmp_path / "queue")
+    run(progress, clock, 20)
+    assert fill(Gate(progress, 0.001), 64) == 64 * LEAST_REQUESTS
 
 
 def test_two_instances_of_each(tmp_path: Path, clock: Clock) -> None:

@@ -308,7 +308,8 @@ def test_bytes_that_are_not_utf8_are_one_refusal_a_request(
     answers = served.run([(one,) for one in (good[0], *(rows for rows, _ in bad), good[1])])
     for (_, why), answer in zip(bad, answers[1:-1], strict=True):
         assert isinstance(answer, serving.RequestError)
-        assert (str(answer), answer.reason) == (f"{why}; allowed: UTF-8 text", "not_utf8")
+        assert str(answer) == f"{why}; allowed: UTF-8 text"
+        assert answer.labels == (("reason", "not_utf8"),)
     for rows, answer in zip(good, (answers[0], answers[-1]), strict=True):
         assert isinstance(answer, dict)
         alone = encoder.encode([row.decode() for row in rows[:, 0]])

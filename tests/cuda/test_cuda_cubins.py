@@ -106,7 +106,7 @@ def test_a_missing_cubin_names_the_command(tmp_path: Path, monkeypatch: pytest.M
 @needs_nvrtc
 def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMP_CUBINS", str(tmp_path))
-    monkeypatch.setattr(build, "all_units", lambda: (units_by_name()["gemm_fp32"],))
+    monkeypatch.setattr(build, "units_of", lambda _: (units_by_name()["gemm_fp32"],))
     (path,) = build.build(["sm_80"], quiet=True)
     first = path.stat().st_mtime_ns
     assert build.find_cubin(units_by_name()["gemm_fp32"], "sm_80") == path

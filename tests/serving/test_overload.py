@@ -20,11 +20,11 @@ from samp_client.errors import ServerFault
 from tiny import write_tiny
 from tritonclient.utils import InferenceServerException
 
-from samp_core.admission import LEAST_ROWS, SHM, Progress
+from samp_core.admission import _RATE, LEAST_REQUESTS, LEAST_ROWS, SHM, Progress
 from samp_core.control import Control, stubs
 from samp_core.server import Server
 
-TEXTS = ["a b c"] * 64
+TEXTS = ["a b c"] * (LEAST_ROWS // LEAST_REQUESTS)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ class Stopped:
     def __enter__(self) -> None:
         os.kill(self._pid, signal.SIGSTOP)
         self._progress.begin(0)  # in the midst of a batch
-        self._progress._slots[0, 1] = LEAST_ROWS
+        self._progress._slots[_RATE] = LEAST_ROWS
 
     def __exit__(self, *_: object) -> None:
         self._progress.end(0)
@@ -66,9 +66,10 @@ def refused(server: Server) -> dict[str, float]:
 def test_what_would_wait_too_long_is_refused_at_once(server: Server) -> None:
     expected = classify(server.grpc, "tiny_exact", TEXTS)["SCORES"]
     other = classify(server.grpc, "tiny_fast", TEXTS)["SCORES"]
-    with ThreadPoolExecutor(6) as pool:
+    sent = LEAST_REQUESTS + 4
+    with ThreadPoolExecutor(sent) as pool:
         with Stopped(server):
-            calls = [pool.submit(classify, server.grpc, "tiny_exact", TEXTS) for _ in range(6)]
+            calls = [pool.submit(classify, server.grpc, "tiny_exact", TEXTS) for _ in range(sent)]
             assert wait_for(lambda: sum(call.done() for call in calls) >= 4, 30)
             # Another tier goes on meanwhile, and so does the tokenizer for whoever calls it.
             assert np.array_equal(classify(server.grpc, "tiny_fast", TEXTS)["SCORES"], other)
@@ -76,7 +77,7 @@ def test_what_would_wait_too_long_is_refused_at_once(server: Server) -> None:
             assert infer(server.grpc, "tokenizer_tiny", TEXT=text)["LENGTHS"].tolist() == [[5]]
         errors: list[Any] = [call.exception() for call in calls]
     # Triton takes a process that does nothing for about a second for dead: on a busy machine the
-    # two that wait may be told so.
+    # sixteen that wait may be told so.
     told = [str(e) for e in errors if e is not None and "not healthy" not in str(e)]
     assert len(told) == 4
     for words in told:
@@ -117,13 +118,16 @@ def test_the_client_sends_again(server: Server, protocol: Literal["grpc", "http"
             stopped.__exit__()
 
     with (
-        ThreadPoolExecutor(4) as pool,
+        ThreadPoolExecutor(LEAST_REQUESTS + 2) as pool,
         connect(address, protocol, retry=Retry(attempts=999, most_s=0.2)) as client,
     ):
         client.labels()
         before = sum(refused(server).values())
         stopped.__enter__()
-        calls = [pool.submit(classify, server.grpc, "tiny_exact", TEXTS) for _ in range(3)]
+        calls = [
+            pool.submit(classify, server.grpc, "tiny_exact", TEXTS)
+            for _ in range(LEAST_REQUESTS + 1)
+        ]
         assert wait_for(lambda: any(call.done() for call in calls), 30)
         twice = pool.submit(go_on, before + 1)
         with contextlib.suppress(ServerFault):  # "not healthy", as above

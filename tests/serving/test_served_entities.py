@@ -80,7 +80,8 @@ def test_the_metadata_is_all_that_a_client_needs(served: ServedTask) -> None:
     places = {"OFFSETS": ("INT32", [-1, 2]), "WORD_IDS": ("INT32", [-1])}
     logits = {"TOKEN_LOGITS": ("FP32", [-1, len(TAGS)])}
     assert tensors["small_fast"] == {**text, **entities}
-    assert tensors["tokenizer_small"] == {**text, **ids, **places}
+    tiers = {f"LENGTHS_{tier}": ids["LENGTHS"] for tier in ("exact", "fast")}  # admission.py
+    assert tensors["tokenizer_small"] == {**text, **ids, **tiers, **places}
     assert tensors["encoder_small_fast"] == {**ids, **logits}
     assert tensors["head_small"] == {**logits, "LENGTHS": ids["LENGTHS"], **places, **entities}
 
