@@ -123,7 +123,7 @@ def publish(record: dict[str, Any]) -> None:
         record["checks"] = sorted(
             [*kept, *record["checks"]], key=lambda check: PARTS.index(check["group"])
         )
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1).replace(str(ROOT), ".") + "\n")
     runs = dict.fromkeys(check["run"] for check in record["checks"])
     lines = [
         f"{record['date']}, {record['device']}, {record['cores']} cores, by "
