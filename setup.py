@@ -29,9 +29,12 @@ MEND = "to get it: apt-get install g++ python3-dev, then install again (in a clo
 
 # Each dispatch level is level.cc compiled once; no other file is compiled for more than the
 # machine's baseline, since a function that the linker shares would then need these instructions.
+VNNI = (
+    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma -mprefer-vector-width=512"
+)
 LEVELS = {
-    3: "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma"
-    " -mprefer-vector-width=512",
+    4: f"{VNNI} -mamx-tile -mamx-int8",
+    3: VNNI,
     2: "-mavx2 -mfma -mavxvnni",
     1: "-mavx2 -mfma",
     0: "",
@@ -106,8 +109,10 @@ class Native:
         """Whether this compiler knows the level's instructions, on this kind of machine."""
         if level and platform.machine().lower() not in ("x86_64", "amd64"):
             return False
-        test = [*self.compiler, *LEVELS[level].split(), "-xc++", "-c", "-", "-o"]
-        return subprocess.run([*test, os.devnull], input=b"", capture_output=True).returncode == 0
+        test = [*self.compiler, *LEVELS[level].split(), "-xc++", "-c", "-", "-o", os.devnull]
+        # AMX is written as text for the assembler, which may be older than the compiler.
+        code = b'void f() { asm("tilerelease"); }' if level == 4 else b""
+        return subprocess.run(test, input=code, capture_output=True).returncode == 0
 
     def compile(self, source: Path, name: str, more: list[str]) -> tuple[Path, bool]:
         """The object of one source, and whether it had to be made."""

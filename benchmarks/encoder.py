@@ -86,8 +86,9 @@ def main() -> None:
     )
     console = Console(width=None if sys.stdout.isatty() else 200)
     encoder_rows.show(run.rows, console)
-    gops, gbps = (found[threads].get(name, 0) for name in ("int8_gops", "gbps"))
-    print(f"limits of {threads} threads: int8 {gops:.0f} GOP/s, memory {gbps:.1f} GB/s")
+    gops, vnni, gbps = (found[threads].get(n, 0) for n in ("int8_gops", "vnni_gops", "gbps"))
+    tiles = f", without AMX tiles {vnni:.0f}" if gops > vnni else ""
+    print(f"limits of {threads} threads: int8 {gops:.0f} GOP/s{tiles}, memory {gbps:.1f} GB/s")
     for line in run.not_run:
         print(f"not run: {line}")
     machine.report(path, others)

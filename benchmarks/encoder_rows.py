@@ -193,10 +193,13 @@ def _gemm_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(column, justify="right")
     for row in rows:
         shares = [
-            f"{row[key]:.0%} ({_mark(row, key, '{:.0%}')})" if key in row else ""
+            f"{row[key]:.0%} ({_mark(row, key, '{:.0%}')})"
+            + (f", tiles {row[f'{key}_tiles']:.0%}" if f"{key}_tiles" in row else "")
+            if key in row
+            else ""
             for key in ("share_of_limit", "share_in_encoder")
         ]
-        limit = "int8" if row["limit"] == "int8_gops" else f"memory, {row['weights']}"
+        limit = "int8" if row["limit"] == "vnni_gops" else f"memory, {row['weights']}"
         table.add_row(
             row["model"], str(row["tokens"]), row["site"], limit,
             f"{row['ours_ms']['median']:.4f}", str(row["cores"]), shares[0],

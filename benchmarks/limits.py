@@ -22,7 +22,12 @@ import store
 
 SOURCE = machine.ROOT / "kernels" / "cpu" / "src" / "limits.cc"
 MODULES = ("samp_kernels._cpu", "samp_kernels.cpu._native", "samp_kernels.cpu._cpu")
-NAMES = {"int8_gops": "int8_gops", "f32_gflops": "f32_gflops", "gbps": "read_gbps"}
+NAMES = {
+    "int8_gops": "int8_gops",
+    "vnni_gops": "vnni_gops",
+    "f32_gflops": "f32_gflops",
+    "gbps": "read_gbps",
+}
 SECONDS = 0.5
 # The best of a few tries: what disturbs one only takes away.
 TRIES = 4
@@ -31,7 +36,10 @@ Measure = Callable[[int, float], float]
 
 
 def limits(threads: int) -> dict[str, float]:
-    """int8_gops, f32_gflops (a multiply-add is two) and gbps, of this many threads."""
+    """int8_gops, f32_gflops (a multiply-add is two) and gbps, of this many threads.
+
+    vnni_gops is int8 on vectors; int8_gops is the same or, where the CPU has them, on AMX tiles.
+    """
     for find in (_of_module, _compiled):
         measures = find()
         if measures:

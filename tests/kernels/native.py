@@ -16,7 +16,7 @@ from samp_kernels.cpu import missing
 from samp_kernels.interface import Array, QTensor
 from samp_kernels.reference import ReferenceBackend
 
-LEVELS = ("avx512_vnni", "avx2_vnni", "avx2", "portable")
+LEVELS = ("amx_int8", "avx512_vnni", "avx2_vnni", "avx2", "portable")
 TOLERANCE = 1e-5
 """Largest error over the largest magnitude of the result, or over 1."""
 

@@ -70,7 +70,7 @@ def test_the_levels_agree_bit_for_bit_in_int8() -> None:
     q, w = rng.integers(-127, 128, (9, 384)), rng.integers(-127, 128, (65, 384)).astype(np.int8)
     scale = np.full(65, 2.0**-7, np.float32)
     results = []
-    for level in ("avx512_vnni", "avx2_vnni", "avx2", "portable"):
+    for level in ("amx_int8", "avx512_vnni", "avx2_vnni", "avx2", "portable"):
         try:
             b = backend(level)
         except pytest.skip.Exception:

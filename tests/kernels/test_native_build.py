@@ -90,8 +90,10 @@ def test_each_level_is_compiled_with_its_own_flags(tree: Path) -> None:
     assert len(built(tree)) == 1
     lines = asked(tree)
     levels = {line.split("-DSAMP_LEVEL=")[1][0]: line for line in lines if "-DSAMP_LEVEL=" in line}
-    assert sorted(levels) == ["0", "1", "2", "3"]
+    assert sorted(levels) == ["0", "1", "2", "3", "4"]
+    assert "-mamx-int8" in levels["4"]
     assert "-mavx512vnni" in levels["3"]
+    assert "amx" not in levels["3"]
     assert "-mavxvnni" in levels["2"]
     assert "avx512" not in levels["2"]
     assert "vnni" not in levels["1"]
@@ -103,7 +105,7 @@ def test_each_level_is_compiled_with_its_own_flags(tree: Path) -> None:
     assert all(sum(f"/{name} " in f"{line} " for line in others) == 1 for name in compiled)
     assert sum("nb_combined.cpp" in line for line in others) == 1
     dispatch = next(line for line in others if "dispatch.cc" in line)
-    assert all(f"-DSAMP_HAVE_LEVEL_{level}" in dispatch for level in range(4))
+    assert all(f"-DSAMP_HAVE_LEVEL_{level}" in dispatch for level in range(5))
 
 
 def test_only_what_changed_is_compiled_again(tree: Path) -> None:

@@ -11,6 +11,7 @@ constexpr int kTileVectors = W == 16 ? 4 : 2;
 constexpr int kMaxRows = 12;
 // The tallest tile of 1, 2, ... vectors: 24 accumulators of 32 registers, or 12 of 16.
 constexpr int kTileRows[4] = {12, W == 16 ? 12 : 6, 8, 6};
+constexpr long kStripe = 16;     // rows of an AMX tile
 constexpr long kBlockRows = 36;  // queries whose scores are held at once: K stays in L1 for them
 
 struct Tile {
@@ -87,7 +88,7 @@ static void tile_i8(const Tile& t) {
 typedef void (*TileFunction)(const Tile&);
 #define SAMP_SIX(f, v) f<1, v>, f<2, v>, f<3, v>, f<4, v>, f<5, v>, f<6, v>
 #define SAMP_TWELVE(f, v) SAMP_SIX(f, v), f<7, v>, f<8, v>, f<9, v>, f<10, v>, f<11, v>, f<12, v>
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
 #define SAMP_TILES(f)                                                               \
   {                                                                                 \
     {SAMP_TWELVE(f, 1)}, {SAMP_TWELVE(f, 2)}, {SAMP_SIX(f, 3), f<7, 3>, f<8, 3>}, { \
@@ -125,6 +126,10 @@ SAMP_INLINE void multiply(bool int8, const Tile& t, long rows, long vectors, lon
   }
 }
 
+#if SAMP_LEVEL >= 4
+#include "attention_amx.h"
+#endif
+
 // ---- packing of K and V ----
 
 SAMP_INLINE long round_up(long x, long to) { return (x + to - 1) / to * to; }
@@ -134,7 +139,7 @@ SAMP_INLINE void transpose_rows(const char* x, const long* offset, vf* column) {
   vf z[4];  // lane j of z[i] is row 4 j + i
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
     // Masked loads: an insert would be a shuffle.
     __m512 y = _mm512_castps128_ps512(_mm_loadu_ps((const float*)(x + offset[i])));
     y = _mm512_mask_broadcast_f32x4(y, 0x00f0, _mm_loadu_ps((const float*)(x + offset[i + 4])));
@@ -200,7 +205,7 @@ typedef uint16_t pairs8 __attribute__((vector_size(16)));
 
 // 16 dims of 4 keys -> [16][4] bytes; u8 becomes s8.
 SAMP_INLINE void interleave_keys(const bytes16* key, int8_t* to) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   // One key a lane; then groups of 4 dims are gathered into lanes and transposed there.
   const __m512i across = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __m512i within =
@@ -308,7 +313,7 @@ struct HeadScratch {
     const long padded = round_up(n, kTileVectors * W);
     keys = (float*)take(padded * round_up(d, 4) * 4);
     sums = (int32_t*)take(padded * 4);
-    values = (float*)take(round_up(n, 4) * columns * 4);
+    values = (float*)take(round_up(n, W == 16 ? 16 : 4) * columns * 4);  // whole tiles of keys
     scores = (float*)take(kBlockRows * padded * 4);
     p8 = (uint8_t*)take(kBlockRows * padded);
     context = (float*)take(kBlockRows * columns * 4);
@@ -366,6 +371,11 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
   score.b = m.keys, score.ldb = panel * W, score.k = op.int8_scores ? d4 / 4 : d;
   score.scale = &score_scale;
   score.ldc = vectors * W, score.c = m.scores;
+  bool tiles = false;
+#if SAMP_LEVEL >= 4
+  tiles = op.int8_scores && op.int8_context && queries > 1 && d4 <= 64;
+  if (tiles) score.ldc = round_up(score.ldc, 64);
+#endif
   if (op.int8_scores) {
     pack_keys<true>((const char*)u[1], ld_u, n, d4 / 4, panel * W, m.keys, m.sums);
     score.lda = ld_u, score.start = m.sums;
@@ -398,12 +408,23 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
     }
   }
 
-  const long blocks = (queries + kBlockRows - 1) / kBlockRows;
-  const long block = round_up((queries + blocks - 1) / blocks, 6);  // whole tiles
-  for (long q0 = 0; q0 < queries; q0 += block) {
+  const long most = tiles ? kStripe : kBlockRows;
+  const long blocks = (queries + most - 1) / most;
+  long block = (queries + blocks - 1) / blocks;
+  if (!tiles) block = round_up(block, 6);  // whole tiles
+#if SAMP_LEVEL >= 4
+  if (tiles) shape_attention((int)block, (int)d4);
+#endif
+  for (long next = 0; next < queries; next += block) {
+    // Stripes are of one height: the last begins early, and its first rows are computed again.
+    const long q0 = tiles && next + block > queries ? queries - block : next;
     const long rows = queries - q0 < block ? queries - q0 : block;
     score.a = op.int8_scores ? (const void*)(u[0] + q0 * ld_u) : (const void*)(f[0] + q0 * op.ld);
-    multiply(op.int8_scores, score, rows, vectors, panel, panel * W * score.k * 4);
+    const long panel_bytes = panel * W * score.k * 4;
+#if SAMP_LEVEL >= 4
+    if (tiles) stripe_scores(score, rows, vectors, panel, panel_bytes);
+#endif
+    if (!tiles) multiply(op.int8_scores, score, rows, vectors, panel, panel_bytes);
 
     const float* bias = nullptr;  // of query q0 and key 0
     if (op.position_bias) bias = op.position_bias + head * (2 * op.reach - 1) + op.reach - 1 - q0;
@@ -421,16 +442,22 @@ static void attention_head(const Attention& op, long begin, long n, long first_r
     if (op.int8_context)
       for (r = 0; r < rows; ++r) {
         const vf s = set1(inverse[r] * inv_p);
-        for (long i = 0; i < score.ldc; i += W)
+        for (long i = 0; i < vectors * W; i += W)
           store_bytes(m.p8 + r * score.ldc + i,
                       (vi)(vmin(load(m.scores + r * score.ldc + i) * s, set1(127.0f)) + magic), W);
+        for (long i = vectors * W; i < score.ldc; i += W)
+          store_bytes(m.p8 + r * score.ldc + i, vi{}, W);
       }
 
     const long row0 = op.first_only ? first_row : begin + q0;
     const bool direct = op.out.out_f && d % W == 0;
     context.c = direct ? op.out.out_f + row0 * op.out.ld_f + head * d : m.context;
     context.ldc = direct ? op.out.ld_f : m.columns;
-    multiply(op.int8_context, context, rows, (d + W - 1) / W, kTileVectors, kTileVectors * W * 4);
+#if SAMP_LEVEL >= 4
+    if (tiles) stripe_context(context, rows, (d + W - 1) / W, score.ldc);
+#endif
+    if (!tiles)
+      multiply(op.int8_context, context, rows, (d + W - 1) / W, kTileVectors, kTileVectors * W * 4);
     for (r = 0; r < rows; ++r) {
       const float* c = context.c + r * context.ldc;
       const long to = row0 + r;
@@ -448,4 +475,7 @@ static void attention(const Attention& op, long begin, long end, long first_row,
                       long head1, void* scratch) {
   for (long head = head0; head < head1; ++head)
     attention_head(op, begin, end - begin, first_row, head, scratch);
+#if SAMP_LEVEL >= 4
+  release_tiles();
+#endif
 }

@@ -7,7 +7,7 @@
 
 namespace samp {
 
-constexpr int kLevels = 4;
+constexpr int kLevels = 5;
 extern const char* const kLevelNames[kLevels];  // best first
 
 // null where this build was made without the level, or where this CPU cannot run it.

@@ -62,50 +62,74 @@ SAMP_INLINE void finish_rows(const Epilogue& e, const T* tile, int ld_tile, long
   }
 }
 
-enum class To { floats, sum, bytes };  // out_f; out_f with a residual; out_q
+// Which of an encoder's three cases an epilogue is, for whole panels: out_f; out_f with a residual;
+// out_q. All have static scales and no outliers.
+enum class To { floats, sum, bytes, other };
 
-// The three cases of an encoder, for a whole panel: one output, static scales, no outliers. Fields
-// are copied out first: a store through uint8_t* may alias them, and each would be read again.
+SAMP_INLINE To output_of(const Epilogue& e) {
+  if (e.row_scale || e.side_k || (e.out_f && e.out_q)) return To::other;
+  if (e.out_f) return e.residual ? To::sum : To::floats;
+  return e.out_q && !e.residual ? To::bytes : To::other;
+}
+
+// One whole panel of such a case, from row `row` on. Fields are copied out: a store through
+// uint8_t* may alias them, and each would be read again.
 template <int ACT, To TO, typename T>
-static void finish_panel(const Epilogue& e, const T* tile, long row, int rows, long col) {
-  const bool scaled = sizeof(T) == sizeof(int32_t) && e.col_scale != nullptr;
-  const vf s0 = scaled ? load(e.col_scale + col) : set1(1.0f);
-  const vf s1 = scaled ? load(e.col_scale + col + W) : s0;
-  const vf b0 = load(e.bias + col), b1 = load(e.bias + col + W);
-  const vf i0 = e.inv_scale_col ? load(e.inv_scale_col + col) : set1(e.inv_scale);
-  const vf i1 = e.inv_scale_col ? load(e.inv_scale_col + col + W) : i0;
-  const long ld_f = e.ld_f, ld_q = e.ld_q, ld_residual = e.ld_residual;
-  float* f = TO == To::bytes ? nullptr : e.out_f + row * ld_f + col;
-  uint8_t* q = TO == To::bytes ? e.out_q + row * ld_q + col : nullptr;
-  const float* residual = TO == To::sum ? e.residual + row * ld_residual + col : nullptr;
-  for (int r = 0; r < rows; ++r, tile += PANEL) {
-    vf y0 = activate<ACT>(fma(as_float(tile), s0, b0));
-    vf y1 = activate<ACT>(fma(as_float(tile + W), s1, b1));
-    if (TO == To::sum) {
-      y0 = y0 + load(residual);
-      y1 = y1 + load(residual + W);
-      residual += ld_residual;
-    }
-    if (TO == To::bytes) {
-      store_u8(q, y0 * i0, W);
-      store_u8(q + W, y1 * i1, W);
-      q += ld_q;
-    } else {
-      store(f, y0);
-      store(f + W, y1);
-      f += ld_f;
+struct PanelEnd {
+  vf s0, s1, b0, b1, i0, i1;
+  float* f;
+  uint8_t* q;
+  const float* residual;
+  long ld_f, ld_q, ld_residual;
+
+  SAMP_MEMBER PanelEnd(const Epilogue& e, long row, long col) {
+    const bool scaled = sizeof(T) == sizeof(int32_t) && e.col_scale != nullptr;
+    s0 = scaled ? load(e.col_scale + col) : set1(1.0f);
+    s1 = scaled ? load(e.col_scale + col + W) : s0;
+    b0 = load(e.bias + col), b1 = load(e.bias + col + W);
+    i0 = e.inv_scale_col ? load(e.inv_scale_col + col) : set1(e.inv_scale);
+    i1 = e.inv_scale_col ? load(e.inv_scale_col + col + W) : i0;
+    ld_f = e.ld_f, ld_q = e.ld_q, ld_residual = e.ld_residual;
+    f = TO == To::bytes ? nullptr : e.out_f + row * ld_f + col;
+    q = TO == To::bytes ? e.out_q + row * ld_q + col : nullptr;
+    residual = TO == To::sum ? e.residual + row * ld_residual + col : nullptr;
+  }
+
+  // Rows [first, last) of `tile` [rows][PANEL].
+  SAMP_MEMBER void operator()(const T* tile, long first, long last) const {
+    for (long r = first; r < last; ++r) {
+      const T* sums = tile + r * PANEL;
+      vf y0 = activate<ACT>(fma(as_float(sums), s0, b0));
+      vf y1 = activate<ACT>(fma(as_float(sums + W), s1, b1));
+      if (TO == To::sum) {
+        y0 = y0 + load(residual + r * ld_residual);
+        y1 = y1 + load(residual + r * ld_residual + W);
+      }
+      if (TO == To::bytes) {
+        store_u8(q + r * ld_q, y0 * i0, W);
+        store_u8(q + r * ld_q + W, y1 * i1, W);
+      } else {
+        store(f + r * ld_f, y0);
+        store(f + r * ld_f + W, y1);
+      }
     }
   }
+};
+
+template <int ACT, To TO, typename T>
+static void finish_panel(const Epilogue& e, const T* tile, long row, int rows, long col) {
+  PanelEnd<ACT, TO, T>(e, row, col)(tile, 0, rows);
 }
 
 template <int ACT, typename T>
 static void finish_act(const Epilogue& e, const T* tile, int ld_tile, long row, int rows, long col,
                        long n) {
-  if (col + PANEL <= n && !e.row_scale && !e.side_k && !(e.out_f && e.out_q)) {
-    if (e.out_f && e.residual) return finish_panel<ACT, To::sum>(e, tile, row, rows, col);
-    if (e.out_f) return finish_panel<ACT, To::floats>(e, tile, row, rows, col);
-    if (e.out_q && !e.residual) return finish_panel<ACT, To::bytes>(e, tile, row, rows, col);
-  }
+  if (col + PANEL <= n) switch (output_of(e)) {
+      case To::sum: return finish_panel<ACT, To::sum>(e, tile, row, rows, col);
+      case To::floats: return finish_panel<ACT, To::floats>(e, tile, row, rows, col);
+      case To::bytes: return finish_panel<ACT, To::bytes>(e, tile, row, rows, col);
+      case To::other: break;
+    }
   for (int v = 0; v < ld_tile / W; ++v) {
     const long c = col + v * W;
     if (c + W <= n)

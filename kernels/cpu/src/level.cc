@@ -6,7 +6,9 @@
 #include <immintrin.h>
 #endif
 
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL == 4
+#define SAMP_NAME amx_int8
+#elif SAMP_LEVEL == 3
 #define SAMP_NAME avx512_vnni
 #elif SAMP_LEVEL == 2
 #define SAMP_NAME avx2_vnni
@@ -26,12 +28,20 @@ namespace SAMP_NAME {
 #include "vmath.h"
 #include "epilogue.h"
 #include "gemm.h"
+#if SAMP_LEVEL >= 4
+#include "amx.h"
+#include "gemm_amx.h"
+#else
+#include "gemm_int8.h"
+#endif
 #include "rowwise.h"
 #include "attention.h"
 
 static constexpr Level kLevel = {
     SAMP_TEXT(SAMP_NAME),
     PANEL,
+    SAMP_LEVEL >= 4 ? 256 : 96,
+    SAMP_LEVEL >= 4 ? 96 : 24,
     packed_int8,
     pack_int8,
     packed_f32,

@@ -116,6 +116,11 @@ struct Attention {
 struct Level {
   const char* name;
   long panel;  // columns of one packed panel: the unit in which N is split over threads
+  // Rows that go through a layer together: their intermediates stay in L2, and a panel of weights
+  // that was fetched once is used for all of them. A multiple of the tiles' height.
+  long block;
+  // Below this many rows a thread, weights are split over threads instead of rows. Both: measured.
+  long split;
 
   size_t (*packed_int8)(long n, long k);  // bytes
   void (*pack_int8)(const int8_t* w, long n, long k, void* packed);
@@ -139,6 +144,7 @@ struct Level {
 };
 
 // null where this build or this CPU lacks the level.
+const Level* level_amx_int8();
 const Level* level_avx512_vnni();
 const Level* level_avx2_vnni();
 const Level* level_avx2();

@@ -6,7 +6,7 @@
 // Figures are 0 where the CPU lacks the instruction.
 //
 // For module.cc: declare `void bind_limits(nanobind::module_&);` and call it once. It adds
-//   int8_gops(threads, seconds), f32_gflops(threads, seconds), read_gbps(threads, seconds),
+//   int8_gops, vnni_gops (int8 without AMX tiles), f32_gflops, read_gbps: each (threads, seconds),
 // which release the GIL. This file needs no instruction-set flags: the functions that use one carry
 // it as an attribute and run only where the CPU has it. Built alone, without Python, by
 //   g++ -O2 -std=c++17 -shared -fPIC -pthread -DSAMP_LIMITS_ALONE limits.cc -o limits.so
@@ -31,6 +31,8 @@
 
 #ifndef SAMP_LIMITS_ALONE
 #include <nanobind/nanobind.h>
+
+#include "dispatch.h"
 #endif
 
 namespace {
@@ -141,6 +143,26 @@ __attribute__((target("avx2,fma"))) void f32_ymm(long rounds) {
             SAMP_12(SAMP_YMM_F32, 0), SAMP_REG_LOW("xmm") SAMP_REG_MID("xmm"));
 }
 
+#if defined(SAMP_HAVE_LEVEL_4) && !defined(SAMP_LIMITS_ALONE)
+#define SAMP_TILES_LIMIT
+
+// Four tiles of sums, each product 16 x 64 by 64 x 16; no tile is loaded.
+void int8_tiles(long rounds) {
+  alignas(64) uint8_t shape[64] = {1};  // palette 1
+  for (int i = 0; i < 8; ++i) shape[16 + 2 * i] = 64, shape[48 + i] = 16;
+#define SAMP_ZERO_TILE(i) "tilezero %%tmm" #i "\n\t"
+#define SAMP_DOT_TILE(i, x, w) "tdpbusd %%tmm" #w ", %%tmm" #x ", %%tmm" #i "\n\t"
+  asm volatile("ldtilecfg %1\n\t" SAMP_ZERO_TILE(0) SAMP_ZERO_TILE(1) SAMP_ZERO_TILE(2)
+                   SAMP_ZERO_TILE(3) SAMP_ZERO_TILE(4) SAMP_ZERO_TILE(5) SAMP_ZERO_TILE(6)
+                       SAMP_ZERO_TILE(7) "1:\n\t" SAMP_DOT_TILE(0, 4, 6) SAMP_DOT_TILE(1, 4, 7)
+                           SAMP_DOT_TILE(2, 5, 6)
+                               SAMP_DOT_TILE(3, 5, 7) "sub $1, %0\n\tjnz 1b\n\ttilerelease"
+               : "+r"(rounds)
+               : "m"(shape)
+               : "cc");
+}
+#endif
+
 #endif  // __x86_64__
 
 struct Chains {
@@ -148,7 +170,11 @@ struct Chains {
   double operations = 0;  // of one round; a multiply-add is two
 };
 
-Chains int8_chains() {
+Chains int8_chains(bool tiles) {
+#if defined(SAMP_TILES_LIMIT)
+  if (tiles && samp::runnable_level(0) != nullptr) return {int8_tiles, 4 * 32768.0};
+#endif
+  (void)tiles;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512vnni")) return {int8_zmm, 24 * 128.0};
   if (__builtin_cpu_supports("avxvnni")) return {int8_ymm_vnni, 12 * 64.0};
@@ -233,7 +259,12 @@ extern "C" {
 
 // 10^9 operations a second of u8 x s8 -> int32 (a multiply-add is two) on `threads` threads.
 double samp_int8_gops(int threads, double seconds) {
-  return giga_operations(int8_chains(), threads, seconds);
+  return giga_operations(int8_chains(true), threads, seconds);
+}
+
+// The same of vector instructions alone, without AMX tiles.
+double samp_vnni_gops(int threads, double seconds) {
+  return giga_operations(int8_chains(false), threads, seconds);
 }
 
 // 10^9 operations a second of fp32 fused multiply-adds (two each).
@@ -266,6 +297,8 @@ void bind_limits(nanobind::module_& m) {
   namespace nb = nanobind;
   m.def("int8_gops", &samp_int8_gops, nb::arg("threads"), nb::arg("seconds"),
         nb::call_guard<nb::gil_scoped_release>(), "Peak of u8 x s8 -> int32, 10^9 operations/s.");
+  m.def("vnni_gops", &samp_vnni_gops, nb::arg("threads"), nb::arg("seconds"),
+        nb::call_guard<nb::gil_scoped_release>(), "int8_gops without AMX tiles.");
   m.def("f32_gflops", &samp_f32_gflops, nb::arg("threads"), nb::arg("seconds"),
         nb::call_guard<nb::gil_scoped_release>(), "Peak of fp32 multiply-adds, 10^9 operations/s.");
   m.def("read_gbps", &samp_read_gbps, nb::arg("threads"), nb::arg("seconds"),

@@ -11,7 +11,7 @@ constexpr int kRows = 4;  // rows in flight: a row's reductions wait for nothing
 
 // In each lane of 16 bytes: element j of z[i] -> element i of column[j].
 SAMP_INLINE void transpose_lanes(const vf* z, vf* column) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   const __m512 z0 = (__m512)z[0], z1 = (__m512)z[1], z2 = (__m512)z[2], z3 = (__m512)z[3];
   const __m512d a = (__m512d)_mm512_unpacklo_ps(z0, z1), b = (__m512d)_mm512_unpacklo_ps(z2, z3);
   const __m512d c = (__m512d)_mm512_unpackhi_ps(z0, z1), d = (__m512d)_mm512_unpackhi_ps(z2, z3);

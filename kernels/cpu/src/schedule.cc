@@ -6,15 +6,6 @@
 #include "encoder_parts.h"
 
 namespace samp {
-namespace {
-
-// Rows that go through a layer together: their intermediates stay in L2, and a panel of weights
-// that was fetched once is used for all of them. A multiple of every level's tile height.
-constexpr long kBlock = 96;
-// Below this many rows a thread, weights are split over threads instead of rows.
-constexpr long kSplitRows = 24;
-
-}  // namespace
 
 // Three ways to spread a pass over threads. Many rows in several sequences: whole sequences, so
 // that threads never meet. Few long sequences: rows between attentions, then heads. Few rows: the
@@ -34,8 +25,8 @@ void Encoder::plan(Pass& pass) {
     }
 
   // Longest first into the emptiest block.
-  long count = std::max(threads, ceil_div(ceil_div(in.tokens, kBlock), threads) * threads);
-  if (threads == 1) count = ceil_div(in.tokens, kBlock);
+  long count = std::max(threads, ceil_div(ceil_div(in.tokens, level_->block), threads) * threads);
+  if (threads == 1) count = ceil_div(in.tokens, level_->block);
   count = std::min(count, in.sequences);
   std::vector<int> order(static_cast<size_t>(in.sequences));
   std::iota(order.begin(), order.end(), 0);
@@ -51,7 +42,7 @@ void Encoder::plan(Pass& pass) {
   std::vector<long> busy(static_cast<size_t>(threads), 0);
   for (long rows : fill) *std::min_element(busy.begin(), busy.end()) += rows;
   const long slowest = *std::max_element(busy.begin(), busy.end());
-  const bool few = in.tokens < kSplitRows * threads;
+  const bool few = in.tokens < level_->split * threads;
   const bool whole = threads == 1 || (!few && slowest * threads * 8 <= in.tokens * 9);
 
   auto add = [&](Kind kind, int layer, Rows* rows, long n, long tasks) {
@@ -91,7 +82,7 @@ void Encoder::plan(Pass& pass) {
         pass.attends.push_back({i, heads.first, heads.last});
       }
     const long attends = static_cast<long>(pass.attends.size());
-    const long chunks = threads * ceil_div(in.tokens, threads * kBlock);
+    const long chunks = threads * ceil_div(in.tokens, threads * level_->block);
     if (few) add(Kind::embed, 0, rows, in.tokens, row_tasks(in.tokens));
     for (int l = 0; l <= last; ++l) {
       if (few)
@@ -190,7 +181,7 @@ void Encoder::block(Pass& pass, int index, int thread) {
     cu[i + 1] = cu[i] + static_cast<int32_t>(n);
   }
   const long total = cu[count];
-  const long pieces = ceil_div(total, kBlock);
+  const long pieces = ceil_div(total, level_->block);
   const Input local{rows.ids.get(), rows.types.get(), rows.positions.get(), cu, total, count};
   const int last = static_cast<int>(shape_.layers) - 1;
   for (int l = 0; l <= last; ++l) {

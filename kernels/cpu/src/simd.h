@@ -3,9 +3,10 @@
 // namespace of the level, and free of std:: templates: a weak symbol compiled for AVX-512 must
 // never be the one that the linker keeps for everybody.
 //
-// SAMP_LEVEL: 3 AVX-512 VNNI, 2 AVX2 with AVX-VNNI, 1 AVX2, 0 portable (GCC vector extensions).
+// SAMP_LEVEL: 4 AMX (and all of 3), 3 AVX-512 VNNI, 2 AVX2 with AVX-VNNI, 1 AVX2, 0 portable (GCC
+// vector extensions).
 
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
 constexpr int W = 16;
 #elif SAMP_LEVEL >= 1
 constexpr int W = 8;
@@ -18,6 +19,7 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
 
 #define SAMP_INLINE static inline __attribute__((always_inline))
+#define SAMP_MEMBER inline __attribute__((always_inline))
 
 // Elements of two vectors by constant indices: clang has one spelling, gcc before 12 the other.
 #if defined(__clang__)
@@ -44,7 +46,7 @@ SAMP_INLINE void storei(void* p, vi v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The first n (1..W) elements; the rest of a load is 0. Never touches memory beyond them.
 SAMP_INLINE vf load_n(const float* p, int n) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   return (vf)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
 #else
   vf v{};
@@ -53,7 +55,7 @@ SAMP_INLINE vf load_n(const float* p, int n) {
 #endif
 }
 SAMP_INLINE void store_n(float* p, vf v, int n) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)v);
 #else
   __builtin_memcpy(p, &v, (size_t)n * 4);
@@ -61,7 +63,7 @@ SAMP_INLINE void store_n(float* p, vf v, int n) {
 }
 
 SAMP_INLINE vf fma(vf a, vf b, vf c) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif SAMP_LEVEL >= 1
   return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
@@ -70,7 +72,7 @@ SAMP_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 SAMP_INLINE vf vmin(vf a, vf b) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   return (vf)_mm512_min_ps((__m512)a, (__m512)b);
 #elif SAMP_LEVEL >= 1
   return (vf)_mm256_min_ps((__m256)a, (__m256)b);
@@ -79,7 +81,7 @@ SAMP_INLINE vf vmin(vf a, vf b) {
 #endif
 }
 SAMP_INLINE vf vmax(vf a, vf b) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
 #elif SAMP_LEVEL >= 1
   return (vf)_mm256_max_ps((__m256)a, (__m256)b);
@@ -89,7 +91,7 @@ SAMP_INLINE vf vmax(vf a, vf b) {
 }
 SAMP_INLINE vf vabs(vf a) { return (vf)((vi)a & set1i(0x7fffffff)); }
 SAMP_INLINE vf vsqrt(vf a) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   return (vf)_mm512_sqrt_ps((__m512)a);
 #elif SAMP_LEVEL >= 1
   return (vf)_mm256_sqrt_ps((__m256)a);
@@ -108,7 +110,7 @@ SAMP_INLINE vi round_even(vf a) {
 
 // In a fixed order, halves onto halves, so that a row's sum is the same wherever the row stands.
 SAMP_INLINE float reduce_add(vf a) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   const __m512 z = (__m512)a;
   const __m256 y = _mm512_castps512_ps256(z) + _mm512_extractf32x8_ps(z, 1);
 #elif SAMP_LEVEL >= 1
@@ -123,7 +125,7 @@ SAMP_INLINE float reduce_add(vf a) {
 #endif
 }
 SAMP_INLINE float reduce_max(vf a) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   const __m512 z = (__m512)a;
   const __m256 y = _mm256_max_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
 #elif SAMP_LEVEL >= 1
@@ -141,7 +143,7 @@ SAMP_INLINE float reduce_max(vf a) {
 
 // The low byte of each of n lanes.
 SAMP_INLINE void store_bytes(uint8_t* p, vi q, int n) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   __m128i b = _mm512_cvtepi32_epi8((__m512i)q);
   if (n == W)
     _mm_storeu_si128((__m128i*)p, b);
@@ -175,7 +177,7 @@ SAMP_INLINE void store_u8(uint8_t* p, vf y, int n) {
 
 // acc + sum over 4 of u8 a[4i + j] * s8 b[4i + j], exact in int32 at every level.
 SAMP_INLINE vi dot4(vi acc, vi a, vi b) {
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   // gcc 12 spills every accumulator of the intrinsic; the asm form keeps them in registers.
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
   return acc;

@@ -21,7 +21,7 @@ SAMP_INLINE vf exp_neg(vf x) {
   p = fma(p, r, set1(1.0f));
   p = fma(p, r, set1(1.0f));
   vi y = (vi)((vu)p + ((vu)t << 23));  // p * 2^n: the magic number itself is shifted out
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
   __mmask16 keep = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ);
   return (vf)_mm512_maskz_mov_epi32(keep, (__m512i)y);
 #else
@@ -46,7 +46,7 @@ SAMP_INLINE vf tanh_(vf x) {
 // squares on 400 points); coefficients were rounded to float from the highest down, the lower ones
 // refitted after each. Segment i is centred on a = i / scale, so that adding the magic number finds
 // it: the table look-up reads the low bits of the index only.
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
 alignas(64) static const float kGelu[4][32] = {
     // max error 3.5e-07
     {-2.10861373e-08f, -3.31536612e-05f, -0.000580244057f, -0.00243408582f, -0.0053981049f,
@@ -144,7 +144,7 @@ alignas(64) static const float kGeluTanh[6][8] = {
 
 #if SAMP_LEVEL >= 1
 
-#if SAMP_LEVEL == 3
+#if SAMP_LEVEL >= 3
 constexpr float kGeluScale = 6.1760783f;
 SAMP_INLINE vf look_up(const float* row, vi i) {
   return (vf)_mm512_permutex2var_ps(_mm512_load_ps(row), (__m512i)i, _mm512_load_ps(row + 16));
