@@ -7,11 +7,11 @@ A `Server` is one tritonserver in a session of its own, with its model processes
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +45,21 @@ EXIT_TIMEOUT_S = 6
 # Larger files are hashed by the model that loads them.
 _HASHED_AT_START = 1 << 20
 _START_ATTEMPTS = 3
-_PR_SET_PDEATHSIG = 1
+# Becomes Triton, and is sent SIGTERM when the process that starts it ends. No preexec_fn does this:
+# it would fork this whole process, and where that has called gRPC, gRPC's own handlers end one
+# child in thirty before it runs anything (grpc issue 43055). A start without one is a vfork.
+_BECOME = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+for number in signal.SIGPIPE, signal.SIGXFSZ:  # which Python ignores
+    signal.signal(number, signal.SIG_DFL)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("its parent has ended")
+try:
+    os.execv(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{error.strerror}: {sys.argv[2]}")
+"""
 # A request that has read the old ensemble takes hold of its models within microseconds.
 _SETTLE_S = 0.25
 
@@ -187,8 +201,9 @@ class Server:
             "--backend-config=python,stub-timeout-seconds=120",
         ]
         # The kernel sends the signal when the *thread* that forked ends, so only the main one asks.
-        main = threading.current_thread() is threading.main_thread()
-        libc = ctypes.CDLL(None)
+        if threading.current_thread() is threading.main_thread():
+            first = [sys.executable, "-I", "-S", "-c", _BECOME, str(os.getpid())]
+            command = [*first, *command]
         try:
             with log.open("wb") as stream:
                 process = subprocess.Popen(
@@ -199,9 +214,6 @@ class Server:
                     env=environment,
                     start_new_session=True,
                     pass_fds=(regions.descriptor,),
-                    preexec_fn=(
-                        (lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)) if main else None
-                    ),
                 )
         except OSError as error:
             regions.release()

@@ -46,10 +46,13 @@ class Check:
     figures: dict[str, Any] = field(default_factory=dict)
 
 
-def samp(*words: object, timeout: float = 300.0, **options: Any) -> Any:
-    """A `samp` command in a process of its own."""
-    command = [SAMP, *(str(word) for word in words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+def samp(*words: object, timeout: float = 300.0, first: str = "") -> Any:
+    """A `samp` command in a process of its own, which runs the Python code `first` before."""
+    command = [str(SAMP), *(str(word) for word in words)]
+    if first:  # No preexec_fn: gRPC ends some of the children of a process that has called it.
+        become = f"{first}\nimport os, sys\nos.execv(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", become, *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def demo_build() -> Path:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import LEVELS, REFERENCE, backend, every_level
@@ -185,9 +186,10 @@ def test_a_worker_does_not_stay_on_the_callers_core() -> None:
         for _ in range(3):  # it runs there, sleeps there, and is told apart before it is woken
             session.run(batch_of([9] * 20))
             time.sleep(0.002)
-        found = os.sched_getaffinity(worker)
-        moved += found != pinned
-        assert found in (pinned, os.sched_getaffinity(0))
+        # A worker that came too late for its pass takes its mask off when it gets a turn.
+        ends = (pinned, os.sched_getaffinity(0))
+        assert wait_for(lambda: os.sched_getaffinity(worker) in ends, 10)  # noqa: B023
+        moved += os.sched_getaffinity(worker) != pinned
     assert moved
     session.close()
 

@@ -175,8 +175,10 @@ def test_after_kill_9_of_triton_stop_cleans_up(tiny_out: Path) -> None:
 
 
 _SERVE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
+# A start is no fork of this process: what has called gRPC (a client) could not be forked safely.
+os.register_at_fork(after_in_child=lambda: os._exit(77))
 from samp_core.serve_loop import serve_forever
 from samp_core.server import Server
 started = Server.start(Path(sys.argv[1]))
