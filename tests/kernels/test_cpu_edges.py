@@ -24,9 +24,12 @@ def u8(*shape: int) -> Array:
 
 def test_a_locked_page_ends_the_process() -> None:
     """So that these tests see anything at all."""
+    import os
     import subprocess
     import sys
     from pathlib import Path
+
+    here = Path(__file__).parent
 
     code = (
         "from native import locked\nimport numpy as np\nx = locked(np.zeros({n}, np.uint8){more})\n"
@@ -35,7 +38,8 @@ def test_a_locked_page_ends_the_process() -> None:
     for more, at in (("", 7), (", end=False", -1)):
         done = subprocess.run(
             [sys.executable, "-c", code.format(n=7, more=more, at=at)],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+            cwd=here, env={**os.environ, "PYTHONPATH": str(here.parent)},
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode != 0
         assert done.stdout == "0\n"
