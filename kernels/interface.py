@@ -1,8 +1,9 @@
 """The kernel interface: what every backend computes, on which shapes, and how it fails.
 
 Activations are flat `[tokens, features]`, row-major; `cu_seqlens` is int32 `[sequences + 1]`.
-Quantization is symmetric: value = scale * q, q in [-127, 127], round half to even. Weights are
-stored portable (int8 `[out, in]`, fp32 scale `[out]`); a backend packs them in `pack`.
+Quantization is symmetric: value = scale * q, round half to even; q is a whole number in [-127, 127]
+(int8) or an E4M3 number up to 448 (fp8, see e4m3.py). Weights are stored portable (int8 or e4m3
+codes `[out, in]`, fp32 scale `[out]`); a backend packs them in `pack`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ SITES = ("qkv", "scores", "context", "out", "ffn_in", "ffn_out")
 
 GEMM_SITES = ("qkv", "out", "ffn_in", "ffn_out")
 """The sites that hold weights; `scores` and `context` multiply activations."""
+
+LARGEST = {"int8": 127.0, "fp8": 448.0}
+"""Of a quantized value, by precision: a scale is the largest magnitude over this."""
+
+CODES: Mapping[str, type[np.generic]] = {"int8": np.int8, "fp8": np.uint8}
+"""What a quantized precision is stored in: fp8 in the codes of e4m3."""
 
 Activation = Literal["gelu", "gelu_tanh", "tanh", "relu"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -48,8 +55,8 @@ class UnsupportedPrecision(KernelError):
 class QTensor:
     """A quantized activation: value = scale * q. `scale` is a float or one value a token.
 
-    `data` holds int8 or a storage of the backend's own (u8 with zero point 128 on `onednn` and
-    `cpu`). `kept` [T, k] holds the float values of the channels that `Out.keep` named.
+    `data` holds int8, codes of e4m3 or a storage of the backend's own (u8 with zero point 128 on
+    `onednn` and `cpu`). `kept` [T, k] holds the float values of the channels that `Out.keep` named.
     """
 
     data: Any
@@ -60,7 +67,7 @@ class QTensor:
 
 @dataclass(frozen=True)
 class Out:
-    """What an op writes: a dtype and, for int8 and e4m3, a static scale or "token".
+    """What an op writes: a precision and, for int8 and fp8, a static scale or "token".
 
     `keep`: channels whose float values go beside the quantized ones, for the outlier split.
     """
@@ -72,7 +79,7 @@ class Out:
 
 @dataclass(frozen=True)
 class Weight:
-    """One stored matrix `[out, in]`: fp32, or int8 with a scale `[out]`.
+    """One stored matrix `[out, in]`: fp32, or with a scale `[out]` int8 or uint8, codes of e4m3.
 
     The outlier split of an int8 one: `data` holds zeros at the input channels `outliers` [k], and
     the gemm adds x[:, outliers] @ outlier_weight^T in fp32, `outlier_weight` being [out, k].
@@ -270,16 +277,21 @@ def check_gemm(x: Any, weight: tuple[int, ...], bias: Any, act: str | None, resi
         raise KernelError("gemm", f"activation {act!r}", ", ".join(ACTIVATIONS))
 
 
-def check_weight(weight: Weight, precision: str) -> None:
-    """A stored matrix of that precision, and its outlier split. Raises KernelError."""
-    if precision not in ("fp32", "int8") or (precision == "int8") != (weight.scale is not None):
-        got = f"{precision} from {weight.data.dtype}"
-        raise UnsupportedPrecision("pack", got, "fp32 from fp32, int8 from int8 + scale")
+def check_weight(weight: Weight, precision: str, able: Sequence[str] = ("fp32", "int8")) -> None:
+    """A stored matrix of a precision of `able`, and its outlier split. Raises KernelError."""
+    scaled = weight.scale is not None
+    stored = CODES["fp8"] if weight.data.dtype == CODES["fp8"] else CODES["int8"]
+    fits = stored == CODES[precision] if precision in CODES else True
+    if precision not in able or scaled != (precision in CODES) or not fits:
+        got = f"{precision} from {weight.data.dtype}{' + scale' * scaled}"
+        words = {"fp32": "fp32 from fp32", "int8": "int8 from int8 + scale"}
+        words["fp8"] = "fp8 from uint8 (e4m3) + scale"
+        raise UnsupportedPrecision("pack", got, ", ".join(words[a] for a in able))
     if weight.outliers is None and weight.outlier_weight is None:
         return
     wanted = (weight.data.shape[0], 0 if weight.outliers is None else len(weight.outliers))
     found = None if weight.outlier_weight is None else weight.outlier_weight.shape
-    if weight.scale is None or weight.outliers is None or found != wanted:
+    if weight.scale is None or weight.outliers is None or found != wanted or precision != "int8":
         got = f"outlier_weight {found}"
         raise KernelError("pack", got, f"{list(wanted)} beside int8, a column for each outlier")
     if wanted[1] and not 0 <= weight.outliers.min() <= weight.outliers.max() < weight.data.shape[1]:

@@ -1,7 +1,8 @@
 """The ops in float64 NumPy: the oracle of every test. Slow, plain, and the definition.
 
-Quantization: q = clip(rint(x / s), -127, 127), rint being round half to even; value = s * q.
-Integer products are summed in int64, so that they are exact for any size.
+Quantization: q = clip(rint(x / s), -127, 127), rint being round half to even, or with fp8 the
+nearest E4M3 number to x / s, ties to the even one, at most 448; value = s * q. Integer products are
+summed in int64, so that they are exact for any size, those of E4M3 in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+from samp_kernels.e4m3 import E4M3, to_e4m3
 from samp_kernels.interface import (
+    CODES,
+    LARGEST,
     Activation,
     Array,
     EmbeddingTables,
@@ -34,7 +38,7 @@ _PRECISIONS = ("fp32", "int8")
 
 
 class ReferenceBackend:
-    """Every site in fp32 or int8; also per-token activation scales."""
+    """Every site in fp32 or int8, GEMMs in fp8 too; also per-token activation scales."""
 
     name = "reference"
 
@@ -42,7 +46,7 @@ class ReferenceBackend:
         self.ran: tuple[str, ...] = ()
 
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
-        quantized = {("gemm", "int8", "static"), ("gemm", "int8", "token")}
+        quantized = {("gemm", p, how) for p in CODES for how in ("static", "token")}
         kinds = (("fp32", ""), ("int8", "static"))
         attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in kinds}
         base = {("gemm", "fp32", ""), ("gemm", "residual", ""), ("gemm", "outliers", "")}
@@ -52,9 +56,11 @@ class ReferenceBackend:
         return np.asarray(x, dtype=np.float64)
 
     def pack(self, weight: Weight, precision: str) -> Weight:
-        check_weight(weight, precision)
+        check_weight(weight, precision, ("fp32", *CODES))
         if weight.scale is None:
             return Weight(weight.data.astype(np.float64))
+        if precision == "fp8":
+            return replace(weight, data=E4M3[weight.data].astype(np.float64))
         return replace(weight, data=weight.data.astype(np.int64))
 
     def embed_layernorm(
@@ -84,7 +90,8 @@ class ReferenceBackend:
         _check_kinds(x, packed)
         if isinstance(x, QTensor):
             assert packed.scale is not None
-            sums = x.data.astype(np.int64) @ packed.data.T
+            codes = E4M3[x.data].astype(np.float64) if _is_fp8(x) else x.data.astype(np.int64)
+            sums = codes @ packed.data.T
             scale = np.asarray(x.scale, dtype=np.float64)
             rows = scale[:, None] if scale.ndim == 1 else scale
             y = sums.astype(np.float64) * rows * packed.scale.astype(np.float64)
@@ -92,7 +99,7 @@ class ReferenceBackend:
             if x.kept is not None:
                 assert packed.outlier_weight is not None
                 y = y + x.kept @ packed.outlier_weight.astype(np.float64).T
-            self.ran = ("int8",)
+            self.ran = ("fp8" if _is_fp8(x) else "int8",)
         else:
             y = x @ packed.data.T
             self.ran = ("fp32",)
@@ -147,17 +154,18 @@ class ReferenceBackend:
     def quantize(self, x: Any, out: Out) -> Any:
         if out.dtype == "fp32":
             return x
-        if out.dtype != "int8" or out.scale is None:
-            raise UnsupportedPrecision("quantize", f"{out}", "fp32, or int8 with a scale")
+        if out.dtype not in CODES or out.scale is None:
+            raise UnsupportedPrecision("quantize", f"{out}", "fp32, or int8 or fp8 with a scale")
+        rounded = to_e4m3 if out.dtype == "fp8" else _round_clip
         if out.scale == "token":
             if out.keep:
                 raise UnsupportedPrecision("quantize", f"{out}", "keep with a static scale")
-            scale = np.maximum(np.abs(x).max(axis=-1), 1e-30) / 127.0
-            return QTensor(_round_clip(x / scale[:, None]), scale, x.shape)
+            scale = np.maximum(np.abs(x).max(axis=-1), 1e-30) / LARGEST[out.dtype]
+            return QTensor(rounded(x / scale[:, None]), scale, x.shape)
         if not out.scale > 0.0:
             raise UnsupportedPrecision("quantize", f"{out}", "a scale > 0")
         kept = x[:, list(out.keep)] if out.keep else None
-        return QTensor(_round_clip(x / float(out.scale)), float(out.scale), x.shape, kept)
+        return QTensor(rounded(x / float(out.scale)), float(out.scale), x.shape, kept)
 
     def pool(self, x: Any, cu_seqlens: Array, how: Literal["first", "mean"]) -> Array:
         if how == "first":
@@ -210,10 +218,17 @@ def _require(op: str, precision: str) -> None:
         raise UnsupportedPrecision(op, precision, ", ".join(_PRECISIONS))
 
 
+def _is_fp8(x: QTensor) -> bool:
+    return bool(x.data.dtype == CODES["fp8"])
+
+
 def _check_kinds(x: Any, packed: Weight) -> None:
     quantized = isinstance(x, QTensor)
     if quantized != (packed.scale is not None):
-        got = "int8 activations" if quantized else "float activations"
+        got = "quantized activations" if quantized else "float activations"
         raise KernelError("gemm", f"{got} for {packed.data.dtype} weights", "the same kind of both")
-    if quantized and x.data.dtype != np.int8:
-        raise KernelError("gemm", f"{x.data.dtype} activations", "int8")
+    # Packed weights are int64, or the values of e4m3.
+    wanted = CODES["fp8"] if packed.data.dtype == np.float64 else CODES["int8"]
+    if quantized and x.data.dtype != wanted:
+        allowed = f"{np.dtype(wanted)}, as the weights"
+        raise KernelError("gemm", f"{x.data.dtype} activations", allowed)

@@ -260,24 +260,26 @@ def plan_modes(
     record: dict[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Plan]:
-    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least; without
-    int8 `float` and the other floats.
+    """`float`, ffn_only(k) and full(k) for k = 1 .. L, under the recipes that lose least, in int8
+    where plans may choose it, else in fp8; without both `float` and the other floats.
 
     How those were found goes into `record`; after `stop` no more are compared.
     """
     base = bench.base_plan()
     plans = {FLOAT: replace(base, versions=versions())}
-    if not bench.quantizable():
+    if not bench.narrow():
         for half in bench.halves():
-            sites = dict.fromkeys(base.sites, SitePlan(half))
-            plans[half] = replace(base, versions=versions(), sites=sites, mode=half)
+            each = dict.fromkeys(base.sites, SitePlan(half))
+            plans[half] = replace(base, versions=versions(), sites=each, mode=half)
         return plans
     chosen = recipes.choose(config, bench, calibration, search, stop)
     if record is not None:
         record["calibration"] = chosen.record
+    main = bench.narrow()[0]
+    sites = bench.quantizable(main)
     for kind in ("ffn_only", "full"):
         for k in range(1, base.layers + 1):
-            plan = mode_plan(chosen.scaled, kind, k, bench.quantizable(), chosen.recipes)  # type: ignore[arg-type]
+            plan = mode_plan(chosen.scaled, kind, k, sites, chosen.recipes, main)  # type: ignore[arg-type]
             plans[str(plan.mode)] = plan
     return plans
 

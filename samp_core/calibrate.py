@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from samp_kernels.interface import GEMM_SITES, Array, Batch, OutputKind
+from samp_kernels.interface import GEMM_SITES, LARGEST, Array, Batch, OutputKind
 
 from samp_core.encoder import LoopSession
 from samp_core.errors import SampError
-from samp_core.plan import Recipe, Recipes, recipe_of
+from samp_core.plan import Recipe, Recipes, input_scale, recipe_of
 from samp_core.reach import BINS, QMAX, reach
+
+FP8_CALIBRATORS = ("minmax", "percentile")
 
 Ranges = Mapping[str, Array]
 """name -> histogram [BINS] of |x| over [0, amax]; beside it `<name>.amax` [1] and
@@ -92,10 +94,32 @@ def scales(ranges: Ranges, recipes: Recipes) -> dict[str, float]:
         found = (
             amax if recipe.calibrator == "minmax" else min(reach(histogram, width, recipe), amax)
         )
-        key = f"{name}.input_scale" if _is_gemm(name) else f"{name}_scale"
+        key = input_scale(name, "int8") if _is_gemm(name) else f"{name}_scale"
         result[key] = max(found, 1e-8) / QMAX
         if name.endswith(".v"):
             result[f"{site}.p_scale"] = 1.0 / QMAX  # A softmax never exceeds 1.
+    return result
+
+
+def fp8_scales(ranges: Ranges, recipes: Recipes) -> dict[str, float]:
+    """The static scales of every GEMM's input in fp8: reach / 448.
+
+    By `minmax` or `percentile`. The other calibrators weigh the steps of integers against what is
+    clipped; e4m3's steps are relative, so that a smaller reach makes them no finer.
+    """
+    result: dict[str, float] = {}
+    for name in filter(_is_gemm, _sites(ranges)):
+        if not isinstance(recipes, Recipe) and name not in recipes:
+            continue
+        recipe = recipe_of(recipes, name)
+        if recipe.calibrator not in FP8_CALIBRATORS:
+            raise SampError(
+                "unknown_calibrator", f"{name}: {recipe.calibrator} for fp8",
+                ", ".join(FP8_CALIBRATORS), "choose one",
+            )  # fmt: skip
+        amax = float(ranges[f"{name}.amax"][0])
+        found = amax if amax == 0.0 else min(reach(ranges[name], amax, recipe), amax)
+        result[input_scale(name, "fp8")] = max(found, 1e-8) / LARGEST["fp8"]
     return result
 
 

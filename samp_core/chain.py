@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from samp_core.plan import QUANTIZED, Plan, Recipes, SitePlan, recipe_of
+from samp_core.plan import QUANTIZED, Plan, Recipe, Recipes, SitePlan, recipe_of
 
 FLOAT = SitePlan("fp32")
 
@@ -18,7 +18,7 @@ FLOAT = SitePlan("fp32")
 class Node:
     """One decision: an option maps each site to what it runs.
 
-    `options[0]` is fp32 everywhere, a quantized one comes last.
+    `options[0]` is fp32 everywhere; quantized ones come last, the main one behind the others.
     """
 
     name: str
@@ -34,6 +34,14 @@ class Node:
             for option in self.options
         )
 
+    def up_to(self, precision: str) -> Node:
+        """The same with that precision for its last option; without it, with no quantized one."""
+        names = self.precisions
+        if precision in names:
+            return replace(self, options=self.options[: names.index(precision) + 1])
+        kept = [o for o, name in zip(self.options, names, strict=True) if name not in QUANTIZED]
+        return replace(self, options=tuple(kept))
+
     @property
     def quantizable(self) -> bool:
         """Whether the last option is a quantized one."""
@@ -41,11 +49,17 @@ class Node:
 
 
 def chain(
-    layers: int, sites: Sequence[str], recipe: Recipes, halves: Sequence[str] = ()
+    layers: int,
+    sites: Sequence[str],
+    recipe: Recipes,
+    halves: Sequence[str] = (),
+    fp8: Sequence[str] = (),
+    fp8_recipe: Recipes | None = None,
 ) -> tuple[Node, ...]:
-    """The nodes of an encoder; `sites` are the kinds that the backend can run in int8, `halves` the
-    floats beside fp32 that it can run everywhere.
+    """The nodes of an encoder; `sites` are the kinds that plans may have in int8, `halves` the
+    floats beside fp32 that the backend can run everywhere, `fp8` the kinds that may be in fp8.
     """
+    quantized = (("fp8", fp8, fp8_recipe or Recipe()), ("int8", sites, recipe))
     nodes = []
     for layer in range(layers):
         for name, kinds in (
@@ -58,13 +72,16 @@ def chain(
             full = tuple(f"layer.{layer}.{kind}" for kind in kinds)
             options: list[Mapping[str, SitePlan]] = [dict.fromkeys(full, FLOAT)]
             options += [dict.fromkeys(full, SitePlan(half)) for half in halves]
-            if any(kind in sites for kind in kinds):
-                options.append(
-                    {
-                        site: SitePlan("int8", recipe_of(recipe, site)) if kind in sites else FLOAT
-                        for site, kind in zip(full, kinds, strict=True)
-                    }
-                )
+            for precision, able, recipes in quantized:
+                if any(kind in able for kind in kinds):
+                    options.append(
+                        {
+                            site: SitePlan(precision, recipe_of(recipes, site))
+                            if kind in able
+                            else FLOAT
+                            for site, kind in zip(full, kinds, strict=True)
+                        }
+                    )
             nodes.append(Node(f"layer.{layer}.{name}", layer, full, tuple(options)))
     return tuple(nodes)
 

@@ -52,7 +52,8 @@ def build(
         str | None, typer.Option(help="auto, cpu, cuda, onednn or reference.")
     ] = None,
     precisions: Annotated[
-        str | None, typer.Option(help="What plans may choose: fp16,int8; default: all there are.")
+        str | None,
+        typer.Option(help="What plans may choose, e.g. fp16,int8,fp8; default: fp16 and int8."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Encoder threads; default: all.")] = None,
     calibrator: Annotated[

@@ -83,7 +83,7 @@ class BuildConfig(_Strict):
     tiers: Mapping[str, TierSpec] = Field(default_factory=lambda: dict(DEFAULT_TIERS))
     default_tier: str = ""
     backend: Literal["auto", "cpu", "cuda", "onednn", "reference"] = "auto"
-    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8"], ...] = ()
+    precisions: tuple[Literal["fp32", "fp16", "bf16", "int8", "fp8"], ...] = ()
     """What plans may choose; fp32 is always there. Empty: fp16 and int8 as the backend has them."""
     threads: Annotated[int, Field(ge=1)] = Field(default_factory=lambda: os.cpu_count() or 1)
     calibrator: Literal["auto", "minmax", "percentile", "mse", "entropy"] = "auto"

@@ -35,6 +35,7 @@ from samp_core.backends import open_backend as open_backend
 from samp_core.errors import SampError
 from samp_core.order import restore_order, round_up, sort_by_length
 from samp_core.plan import HALVES, Plan
+from samp_core.tensors import load_tensors
 
 Observer = Callable[[str, Any], None]
 """Called with a site's full name and its float input, [tokens, features]; calibration listens."""
@@ -77,14 +78,14 @@ class _Layer:
     attention_scales: Mapping[str, float]
 
 
-def quantizable_sites(backend: Backend) -> tuple[str, ...]:
-    """The sites that this backend can run in int8 with static scales."""
+def quantizable_sites(backend: Backend, precision: str = "int8") -> tuple[str, ...]:
+    """The sites that this backend can run in int8 (or fp8) with static scales."""
     able = backend.capabilities()
-    gemm = ("gemm", "int8", "static") in able
+    gemm = ("gemm", precision, "static") in able
     return tuple(
         site
         for site in ("qkv", "scores", "context", "out", "ffn_in", "ffn_out")
-        if (f"attention.{site}", "int8", "static") in able
+        if (f"attention.{site}", precision, "static") in able
         or (gemm and site not in ("scores", "context"))
     )
 
@@ -138,18 +139,18 @@ def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
         activation = ""
         if entry.precision != "fp32" and entry.recipe is not None:
             activation = entry.recipe.activation
+        got = f"{site} {entry.precision} {activation}".strip()
         if (op, entry.precision, activation) not in able:
             allowed = ", ".join(sorted({" ".join(c[1:]).strip() for c in able if c[0] == op}))
-            got = f"{site} {entry.precision} {activation}".strip()
             raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
         if activation == "token" and kind not in ("qkv", "ffn_in"):
             # Elsewhere the op that writes the input holds no whole row.
             allowed = "a scale per token at qkv and ffn_in only"
-            raise UnsupportedPrecision(f"{backend.name} {op}", f"{site} int8 token", allowed)
+            raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
         outliers = entry.recipe.outliers if entry.recipe is not None else 0
         if outliers and ("gemm", "outliers", "") not in able:
-            got = f"{site} int8 with {outliers} outliers"
-            raise UnsupportedPrecision(f"{backend.name} {op}", got, "int8 without outliers")
+            got = f"{site} {entry.precision} with {outliers} outliers"
+            raise UnsupportedPrecision(f"{backend.name} {op}", got, "a recipe without outliers")
 
 
 @dataclass(frozen=True)
@@ -258,12 +259,12 @@ class LoopSession:
         )
         entry = plan.sites.get(name)
         if precision in ("fp32", *HALVES):
-            feed = Out(precision)  # type: ignore[arg-type]
+            feed = Out(precision)
         elif entry is not None and entry.recipe is not None and entry.recipe.activation == "token":
-            feed = Out("int8", "token")
+            feed = Out(precision, "token")
         else:
             keep = () if outliers is None else tuple(outliers.tolist())
-            feed = Out("int8", _scalar(tensors, f"{name}.input_scale"), keep)
+            feed = Out(precision, _scalar(tensors, f"{name}.input_scale"), keep)
         recipe = entry.recipe if entry is not None else None
         granularity = "" if recipe is None else str(recipe.weight)
         if outliers is not None:
@@ -432,12 +433,11 @@ def save_encoder(folder: Path, config: EncoderConfig, plan: Plan) -> None:
 def load_encoder(folder: Path) -> tuple[EncoderConfig, Plan, dict[str, Array]]:
     """An encoder folder's config, plan and portable tensors."""
     from safetensors import SafetensorError
-    from safetensors.numpy import load_file
 
     config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))
     plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"), "plan.json")
     try:
-        tensors = load_file(folder / "weights.safetensors")
+        tensors = load_tensors(folder / "weights.safetensors")
     except SafetensorError as error:
         raise SampError(
             "damaged_weights", f"weights.safetensors: {error}", "an intact file", "samp build again"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samp_core.chain import Node, chain, choice_of
+from samp_core.chain import chain, choice_of
 from samp_core.costs import CostTable
 from samp_core.errors import SampError
 from samp_core.latency import foretold
@@ -18,9 +18,9 @@ from samp_core.plan import QUANTIZED, Plan, Recipe
 def explain(out: Path, tier: str) -> dict[str, Any]:
     """`{tier, plan, facts[], sites: [{site, precision, saves_ms, kl, rank, why}]}` of a build.
 
-    saves_ms: what int8 saves at this site with its neighbours as they are, changes of type
-    included; kl: what it loses alone, in nats; rank: 1 is the dearest. `sites` is empty where no
-    search per site was made.
+    saves_ms: what the site's quantized precision saves with its neighbours as they are, changes of
+    type included (a float site's: int8, else fp8); kl: what it loses alone, in nats; rank: 1 is the
+    dearest. `sites` is empty where no search per site was made.
     """
     manifest = read_manifest(out)
     entry = manifest.tiers[manifest.chosen([tier])[0]]
@@ -34,7 +34,7 @@ def explain(out: Path, tier: str) -> dict[str, Any]:
             "samp build again",
         ) from None  # fmt: skip
     search = record.get("search") or {}
-    sites = _sites(plan, search) if search.get("quantizable") else []
+    sites = _sites(plan, search) if search.get("quantizable") or search.get("fp8") else []
     return {
         "tier": tier,
         "plan": plan.summary(),
@@ -82,7 +82,7 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
 
 
 def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What int8 brings and what the sites kept in float would."""
+    """What quantization brings and what the sites kept in float would."""
     quantized = [site for site in sites if site["precision"] in QUANTIZED]
     kept = [site for site in sites if site["precision"] not in QUANTIZED]
     if not sites:
@@ -95,40 +95,48 @@ def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
     halves = search.get("halves", ())
-    nodes = chain(plan.layers, search["quantizable"], Recipe(), halves)
+    nodes = chain(
+        plan.layers, search["quantizable"], Recipe(), halves, search.get("fp8") or (), Recipe()
+    )
     plain = int(bool(halves))  # int8 is held against fp16 where the device has it
     table = CostTable(
         {bucket: found["edges"] for bucket, found in search["costs"].items()},
         {bucket: found["base_ms"] for bucket, found in search["costs"].items()},
     )
-    scores = {score["node"]: score for score in search["sites"]}
-    by_loss = sorted(scores, key=lambda name: -scores[name]["estimate"])
-    rank = {name: place for place, name in enumerate(by_loss, start=1)}
+    listed = [search["sites"], *(search.get("more") or {}).values()]
+    scores = {(one["node"], one["precision"]): one for part in listed for one in part}
+    rank = {
+        (one["node"], one["precision"]): place
+        for part in listed
+        for place, one in enumerate(sorted(part, key=lambda o: -o["estimate"]), start=1)
+    }
     choice = choice_of(plan, nodes)
     bucket = next(iter(table.edges))
     whole = table.total([0] * len(nodes), bucket)
     made = []
     for index, node in enumerate(nodes):
-        if node.name not in scores:
+        ran = node.precisions[choice[index]]
+        quantized = ran if ran in QUANTIZED else node.precisions[-1]
+        key = (node.name, quantized)
+        if key not in scores:
             continue
-        with_int8, without = list(choice), list(choice)
-        with_int8[index], without[index] = len(node.options) - 1, plain
-        saves = table.total(without, bucket) - table.total(with_int8, bucket)
-        score = scores[node.name]
+        changed, without = list(choice), list(choice)
+        changed[index], without[index] = node.precisions.index(quantized), plain
+        saves = table.total(without, bucket) - table.total(changed, bucket)
         facts = {
             "site": node.name,
-            "precision": node.precisions[choice[index]],
+            "precision": ran,
             "saves_ms": saves,
-            "kl": score["estimate"],
-            "measured": score["kl"] is not None,
-            "rank": rank[node.name],
+            "kl": scores[key]["estimate"],
+            "measured": scores[key]["kl"] is not None,
+            "rank": rank[key],
         }
-        made.append({**facts, "why": _why(node, facts, saves / whole, len(scores))})
+        made.append({**facts, "why": _why(quantized, facts, saves / whole, len(search["sites"]))})
     return made
 
 
-def _why(node: Node, facts: Mapping[str, Any], share: float, count: int) -> str:
-    """One site in words."""
+def _why(quantized: str, facts: Mapping[str, Any], share: float, count: int) -> str:
+    """One site in words. `quantized`: what it runs, or what it would run."""
     place = "the dearest" if facts["rank"] == 1 else f"number {facts['rank']}"
     loss = f"{facts['kl']:.1e} nats, {place} of {count}" + (
         "" if facts["measured"] else ", not measured but estimated"
@@ -139,5 +147,6 @@ def _why(node: Node, facts: Mapping[str, Any], share: float, count: int) -> str:
             return f"{facts['precision']} though it saves nothing by the table; it loses {loss}"
         return f"{facts['precision']}: saves {saving}, loses {loss}"
     if facts["saves_ms"] <= 0.0:
-        return f"{facts['precision']}: int8 saves nothing here ({-facts['saves_ms']:+.3f} ms)"
-    return f"{facts['precision']}: int8 would save {saving} and lose {loss}"
+        lost = f"({-facts['saves_ms']:+.3f} ms)"
+        return f"{facts['precision']}: {quantized} saves nothing here {lost}"
+    return f"{facts['precision']}: {quantized} would save {saving} and lose {loss}"

@@ -14,7 +14,7 @@ from samp_core.build import open_workbench, read_splits, write
 from samp_core.config import BuildConfig
 from samp_core.encoder import check_plan
 from samp_core.errors import SampError, UsageError
-from samp_core.plan import QUANTIZED, Plan
+from samp_core.plan import Plan, Recipe
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names
 from samp_core.workbench import Progress, Workbench, silent
@@ -140,10 +140,14 @@ def _with_scales(config: GenerateConfig, bench: Workbench, name: str, plan: Plan
             "give --data, so that the scales are calibrated",
         )
     ranges = bench.ranges(bench.split(read_splits(config.build, []).calibration))
-    recipes = {
-        site: entry.recipe
-        for site, entry in plan.sites.items()
-        if entry.precision in QUANTIZED and entry.recipe is not None
-    }
-    scales, outliers = calibrate.scales(ranges, recipes), calibrate.outliers(ranges, recipes)
-    return replace(plan, scales=scales, outliers=outliers)
+
+    def recipes(precision: str) -> dict[str, Recipe]:
+        return {
+            site: entry.recipe
+            for site, entry in plan.sites.items()
+            if entry.precision == precision and entry.recipe is not None
+        }
+
+    whole, narrow = recipes("int8"), recipes("fp8")
+    scales = {**calibrate.scales(ranges, whole), **calibrate.fp8_scales(ranges, narrow)}
+    return replace(plan, scales=scales, outliers=calibrate.outliers(ranges, whole))

@@ -1,4 +1,4 @@
-"""Floats of 16 bits in a search: the plans that run everywhere in one, and what they lose."""
+"""Plans that run everywhere in one precision, and what floats of 16 bits lose in a search."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from dataclasses import replace
 
 from samp_core.chain import Node, plan_of
 from samp_core.errors import SampError
-from samp_core.plan import Plan
+from samp_core.plan import HALVES, Plan
 from samp_core.workbench import Split, Workbench
 
 
-def everywhere(base: Plan, nodes: Sequence[Node], half: str) -> Plan:
-    """Every site in this float: for fp16 the baseline of SAMP's paper."""
-    choice = [node.precisions.index(half) for node in nodes]
-    return replace(plan_of(base, nodes, choice), mode=half)
+def everywhere(base: Plan, nodes: Sequence[Node], precision: str) -> Plan:
+    """Every site in this precision: in fp16 the baseline of SAMP's paper.
+
+    A node that lacks it, as attention lacks fp8, runs the first float of 16 bits, else fp32.
+    """
+    choice = [
+        names.index(precision) if precision in names else int(names[:2][-1] in HALVES)
+        for names in (node.precisions for node in nodes)
+    ]
+    return replace(plan_of(base, nodes, choice), mode=precision)
 
 
 def finite(

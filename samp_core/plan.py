@@ -43,6 +43,12 @@ class Recipe:
     """Input channels of the largest magnitude, multiplied in fp32 beside the int8 product."""
 
 
+def input_scale(site: str, precision: str) -> str:
+    """Where a plan's `scales` hold the static scale of a GEMM's input: each precision has its own,
+    since a plan can be edited from one to the other."""
+    return f"{site}.input_scale" if precision == "int8" else f"{site}.{precision}_input_scale"
+
+
 Recipes = Recipe | Mapping[str, Recipe]
 """One recipe for every site, or one for each full site name."""
 
@@ -252,8 +258,10 @@ def _parse_site(source: str, name: str, entry: Any) -> SitePlan:
     count = recipe.outliers
     if type(count) is not int or not 0 <= count <= MOST_OUTLIERS:
         raise _bad(source, f"{name}: outliers {count!r}", f"a whole number, 0 to {MOST_OUTLIERS}")
-    if count and (recipe.activation == "token" or name.rsplit(".", 1)[1] not in GEMM_SITES):
-        raise _bad(source, f"{name}: outliers", f"at {', '.join(GEMM_SITES)} with a static scale")
+    splits = precision == "int8" and recipe.activation == "static"
+    if count and not (splits and name.rsplit(".", 1)[1] in GEMM_SITES):
+        where = f"int8 with a static scale at {', '.join(GEMM_SITES)}"
+        raise _bad(source, f"{name}: outliers", where)
     percent = recipe.percentile
     if percent is not None and (type(percent) not in (int, float) or not 50 < percent <= 100):
         raise _bad(source, f"{name}: percentile {percent!r}", "a number above 50, at most 100")
@@ -266,15 +274,16 @@ def mode_plan(
     k: int,
     sites: tuple[str, ...],
     recipe: Recipes,
+    precision: str = "int8",
 ) -> Plan:
-    """SAMP's mode: the first k layers quantized, FFN only or every site in `sites`.
+    """SAMP's mode: the first k layers quantized to `precision`, FFN only or every site in `sites`.
 
     `sites` are the ones that the backend can quantize; `full(k)` means exactly those.
     """
     chosen = tuple(s for s in sites if s.startswith("ffn_")) if kind == "ffn_only" else sites
     plans = {
         f"layer.{layer}.{site}": (
-            SitePlan("int8", recipe_of(recipe, f"layer.{layer}.{site}"))
+            SitePlan(precision, recipe_of(recipe, f"layer.{layer}.{site}"))
             if kind != "float" and layer < k and site in chosen
             else SitePlan("fp32")
         )

@@ -44,7 +44,9 @@ def plan_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "properties": {
             "precision": _one_of(
-                "fp32 where a site is not named; what a backend lacks is refused", *PRECISIONS
+                "fp32 where a site is not named; what a backend lacks is refused. fp8 is E4M3 for "
+                "weights and activations, at qkv, out, ffn_in and ffn_out",
+                *PRECISIONS,
             ),
             "recipe": recipe,
         },
@@ -80,7 +82,8 @@ def plan_schema() -> dict[str, Any]:
                 "patternProperties": {rf"^layer\.[0-9]+\.({'|'.join(SITES)})$": site},
             },
             "scales": {
-                "description": "static activation scales by stored name",
+                "description": "static activation scales by stored name: reach over 127; over "
+                "448 those of fp8, <site>.fp8_input_scale",
                 "type": "object",
                 "additionalProperties": scale,
             },

@@ -1,28 +1,40 @@
-"""Symmetric int8: weights per channel or per tensor, and the tensors that a plan stores."""
+"""Symmetric int8 and fp8 (E4M3): weights per channel or per tensor, and the tensors of a plan."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from samp_kernels.interface import F32, GEMM_SITES, Array
+from samp_kernels.e4m3 import E4M3, to_e4m3
+from samp_kernels.interface import CODES, F32, GEMM_SITES, LARGEST, Array
 
 from samp_core.errors import SampError
-from samp_core.plan import HALVES, Plan, Recipe
+from samp_core.plan import HALVES, Plan, Recipe, input_scale
 
 QMAX = 127
 
 
-def quantize_weight(weight: Array, recipe: Recipe) -> tuple[Array, F32]:
-    """W [out, in] -> int8 [out, in] and scale [out]; q = rint(W / s), s = max|W| / 127."""
+def quantize_weight(weight: Array, recipe: Recipe, precision: str = "int8") -> tuple[Array, F32]:
+    """W [out, in] -> int8 or codes of e4m3 [out, in] and scale [out], s = max|W| / 127 or 448.
+
+    q = rint(W / s), or the e4m3 number nearest to W / s.
+    """
     amax = np.abs(weight).max(axis=1)
     if recipe.weight == "tensor":
         amax = np.full_like(amax, amax.max())
-    scale = (amax / QMAX).astype(np.float32)
+    scale = (amax / LARGEST[precision]).astype(np.float32)
     # A row of zeros, or of values too small for a scale, is stored as zeros.
     scale[scale < np.finfo(np.float32).tiny] = 1.0
+    if precision == "fp8":
+        return to_e4m3(np.asarray(weight / scale[:, None])), scale
     q = np.clip(np.rint(weight / scale[:, None]), -QMAX, QMAX).astype(np.int8)
     return q, scale
+
+
+def restored(q: Array, scale: F32) -> F32:
+    """The floats that quantized weights stand for."""
+    values = E4M3[q] if q.dtype == CODES["fp8"] else q.astype(np.float32)
+    return np.asarray(values * scale[:, None], dtype=np.float32)
 
 
 def without(weight: Array, channels: Sequence[int]) -> Array:
@@ -39,7 +51,7 @@ def export_weights(
     plan: Plan,
     memo: dict[tuple[str, str], tuple[Array, F32]] | None = None,
 ) -> dict[str, Array]:
-    """The portable tensors of one plan: int8 with scales where it says so, fp32 elsewhere.
+    """The portable tensors of one plan: int8 or e4m3 with scales where it says so, else fp32.
 
     `memo` keeps quantized matrices for the next plan of the same tensors. Raises SampError for a
     precision that has no stored form, or a static scale that the plan lacks.
@@ -55,11 +67,11 @@ def export_weights(
             if precision in ("fp32", *HALVES):  # Stored as fp32; a backend packs what it runs.
                 continue
             entry = plan.sites[name]
-            if precision != "int8" or entry.recipe is None:
+            if precision not in CODES or entry.recipe is None:
                 raise SampError(
                     "unsupported_precision",
                     f"{name}: {precision}",
-                    "fp32, fp16, bf16, int8",
+                    ", ".join(("fp32", *HALVES, *CODES)),
                     "edit the plan",
                 )
             if entry.recipe.smooth is not None or entry.recipe.rounding != "nearest":
@@ -70,16 +82,17 @@ def export_weights(
                     "edit the plan",
                 )
             channels = plan.split_channels(name)
-            key = (name, f"{entry.recipe.weight} {channels}" if channels else entry.recipe.weight)
+            kind = f"{precision} {entry.recipe.weight}"
+            key = (name, f"{kind} {channels}" if channels else kind)
             weight = tensors[f"{name}.weight"]
             if channels:
                 stored[f"{name}.outliers"] = np.array(channels, dtype=np.int32)
                 stored[f"{name}.outlier_weight"] = np.asarray(weight[:, channels], np.float32)
             if key not in memo:
-                memo[key] = quantize_weight(without(weight, channels), entry.recipe)
+                memo[key] = quantize_weight(without(weight, channels), entry.recipe, precision)
             stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = memo[key]
             if entry.recipe.activation == "static":
-                stored[f"{name}.input_scale"] = _scale(plan, f"{name}.input_scale")
+                stored[f"{name}.input_scale"] = _scale(plan, input_scale(name, precision))
         for site, parts in (("scores", "qk"), ("context", "pv")):
             name = f"layer.{layer}.{site}"
             if plan.precision(name) == "int8":

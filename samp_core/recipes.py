@@ -79,10 +79,41 @@ def choose(
 ) -> Chosen:
     """The recipes of a build: those asked for, or with `auto` what loses least for its time.
 
-    After `stop` nothing more is compared: `left_out` of the record names what was not.
+    After `stop` nothing more is compared: `left_out` of the record names what was not. Where plans
+    may choose fp8 the float plan has its scales, too; without int8 its recipe is the only one.
     """
     ranges = bench.ranges(calibration)
     base = replace(bench.base_plan(), versions=versions())
+    if not bench.quantizable("fp8"):
+        return _int8(config, bench, ranges, base, calibration, search, stop)
+    own = fp8_recipe(config)
+    chosen = Chosen(own, base, {"chosen": title(own)})
+    if bench.quantizable():
+        chosen = _int8(config, bench, ranges, base, calibration, search, stop)
+    scales = {**chosen.scaled.scales, **calibrate.fp8_scales(ranges, own)}
+    record = {**chosen.record, "fp8": title(own)}
+    return replace(chosen, scaled=replace(chosen.scaled, scales=scales), record=record)
+
+
+def fp8_recipe(config: BuildConfig) -> Recipe:
+    """One for every site: e4m3's steps are relative, so that the scale has little to gain."""
+    able = config.calibrator in calibrate.FP8_CALIBRATORS
+    return Recipe(
+        activation="token" if config.activation == "token" else "static",
+        calibrator=config.calibrator if able else "minmax",
+        percentile=config.percentile if config.calibrator == "percentile" else None,
+    )
+
+
+def _int8(
+    config: BuildConfig,
+    bench: Workbench,
+    ranges: calibrate.Ranges,
+    base: Plan,
+    calibration: Split,
+    search: Split,
+    stop: Callable[[], bool],
+) -> Chosen:
     if config.activation == "token" and not per_token(bench):
         raise UsageError(
             "bad_config", f"activation token on backend {bench.backend_name}", "auto or static",

@@ -12,6 +12,7 @@ from samp_kernels.interface import SITES
 
 from samp_core.report_facts import Facts, TierFacts
 from samp_core.report_figure import Figure, figure, layout, precision_colour
+from samp_core.report_words import quantized
 
 NODES = ("qkv", "attention", "out", "ffn_in", "ffn_out")
 
@@ -46,7 +47,7 @@ def plan_map(facts: Facts, tier: TierFacts) -> Figure:
 
 
 def sensitivity_map(facts: Facts) -> Figure | None:
-    """Mean KL divergence of each site alone in int8, on a logarithmic scale."""
+    """Mean KL divergence of each site alone in int8 (or fp8), on a logarithmic scale."""
     sites = {site["node"]: site for site in facts.search.get("sites") or []}
     if not sites:
         return None
@@ -77,7 +78,7 @@ def sensitivity_map(facts: Facts) -> Figure | None:
 
 
 def time_maps(facts: Facts) -> dict[str, tuple[Figure, Figure]]:
-    """Bucket -> what each site takes in fp32, and what int8 saves there, in microseconds.
+    """Bucket -> what each site takes in fp32, and what int8 (or fp8) saves there, in microseconds.
 
     Each with its neighbour in the same precision, so that no change of type is in it.
     """
@@ -96,11 +97,12 @@ def _time_map(
     facts: Facts, slow: Mapping[str, float], fast: Mapping[str, float], saved: bool
 ) -> Figure:
     shown = {n: slow[n] - fast[n] if saved else slow[n] for n in slow}
+    kind = quantized(facts.search)
 
     def cell(name: str) -> tuple[float | None, str, str]:
         text = (
-            f"<b>{name}</b><br>fp32 {slow[name]:.1f} µs<br>int8 {fast[name]:.1f} µs<br>"
-            f"int8 saves {slow[name] - fast[name]:.1f} µs"
+            f"<b>{name}</b><br>fp32 {slow[name]:.1f} µs<br>{kind} {fast[name]:.1f} µs<br>"
+            f"{kind} saves {slow[name] - fast[name]:.1f} µs"
         )
         value = shown[name]
         return value, f"{value:.0f}" if abs(value) >= 10 else f"{value:.1f}", text

@@ -360,17 +360,19 @@ def sites(facts: Facts, figures: Figures) -> Html:
     search = facts.search
     rank = search["rank_correlation"].get("fisher")
     agreed = "" if rank is None else f" (rank correlation {rank:.2f} with what was measured)"
+    kind8 = say.quantized(search)
+    alone = f"nats of KL divergence, alone in {kind8}"
     maps = [
         tag(
             "figure",
-            tag("figcaption", "Loss ", tag("span", "nats of KL divergence, alone in int8")),
-            say.chart("chart-loss", "KL divergence of each site alone in int8"),
+            tag("figcaption", "Loss ", tag("span", alone)),
+            say.chart("chart-loss", f"KL divergence of each site alone in {kind8}"),
         )
-    ]  # fmt: skip
+    ]
     for bucket, pair in report_maps.time_maps(facts).items():
         texts = f"{bucket} text" + ("s" if bucket != "1" else "")
         for kind, figure, title, words in zip(
-            ("time", "saved"), pair, ("Time in fp32 ", "Saved by int8 "),
+            ("time", "saved"), pair, ("Time in fp32 ", f"Saved by {kind8} "),
             (f"µs, {texts}", f"µs, {texts}; red costs time"), strict=True,
         ):  # fmt: skip
             key = f"chart-{kind}-{bucket}"
@@ -384,8 +386,9 @@ def sites(facts: Facts, figures: Figures) -> Html:
                 "p",
                 f"{search['measured']} of {search['nodes']} sites were measured one by one on the "
                 f"search rows; the others (~) are estimated from gradients{agreed}. Times are "
-                "stamps inside whole passes. A site is worth int8 where it saves much and loses "
-                "little. scores and context are one decision, attention: one kernel runs both.",
+                "stamps inside whole passes. A site is worth quantizing where it saves much and "
+                "loses little. scores and context are one decision, attention: one kernel runs "
+                "both.",
             ),
             tag("div", *maps, cls="maps"),
         ]

@@ -18,6 +18,11 @@ def absent(why: str) -> Html:
     return tag("p", f"Not shown: {why}.", cls="quiet")
 
 
+def quantized(search: Mapping[str, Any]) -> str:
+    """The precision that a search's scores of sites are of."""
+    return next((str(site["precision"]) for site in search.get("sites") or []), "int8")
+
+
 def named(facts: Facts, tier: TierFacts) -> Html:
     colour = tier_colours(facts)[tier.name]
     return join([tag("span", cls="dot", style=f"--tier: {colour}"), tier.name])

@@ -24,7 +24,6 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from samp_kernels.interface import Array, EncoderConfig, OutputKind
 
 from samp_core import heads, model_config
@@ -32,6 +31,7 @@ from samp_core.encoder import save_encoder
 from samp_core.errors import SampError, UsageError
 from samp_core.manifest import HASHES, Manifest, Tier, file_sha256, held, read_manifest, verify
 from samp_core.plan import Plan
+from samp_core.tensors import save_tensors
 
 if TYPE_CHECKING:
     from samp_core.text import TextEncoder
@@ -150,7 +150,7 @@ def write_build(
     )
     with _version_folder(models, served_head, "head") as folder:
         shutil.copyfile(heads.source_file(head), folder / "head.py")
-        _save_weights(folder / "weights.safetensors", head_weights)
+        save_tensors(folder / "weights.safetensors", head_weights)
     for name, tier in tiers.items():
         encoder = model_config.encoder_config(
             model,
@@ -166,7 +166,7 @@ def write_build(
         )
         with _version_folder(models, encoder, "encoder") as folder:
             save_encoder(folder, encoder_config, tier.plan)
-            _save_weights(folder / "weights.safetensors", tier.weights)
+            save_tensors(folder / "weights.safetensors", tier.weights)
         ensemble = model_config.ensemble_config(
             tokenizer,
             encoder,
@@ -279,13 +279,6 @@ def _version_folder(models: Path, config: model_config.ModelConfig, role: str) -
     sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / HASHES).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     (folder.parent / "config.pbtxt").write_text(config.to_pbtxt(), encoding="utf-8")
-
-
-def _save_weights(path: Path, weights: Mapping[str, Array]) -> None:
-    from safetensors.numpy import save_file
-
-    # The writer dumps the buffer as it lies: a transposed view would be written wrong.
-    save_file({name: np.ascontiguousarray(array) for name, array in weights.items()}, path)
 
 
 def _place(partial: Path, manifest: Manifest, build_json: str) -> Path:

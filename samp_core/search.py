@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from samp_core import allocate, costs, evaluate, halves, milp, sensitivity
+from samp_core import allocate, costs, evaluate, halves, milp, recipes, sensitivity
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
@@ -71,11 +71,13 @@ class Search:
         self._config, self._bench, self._full = config, bench, full
         self._split, self._metric, self._n, self._clock = split, metric, rows_to_come, clock
         self._base = replace(full, mode=None)
-        recipes = {site: entry.recipe for site, entry in full.sites.items() if entry.recipe}
-        self._recipes = recipes
+        self._recipes = {site: e.recipe for site, e in full.sites.items() if e.recipe}
+        self._fp8 = recipes.fp8_recipe(config)
         self.halves: tuple[str, ...] = bench.halves()
         self.nodes: tuple[Node, ...] = self._chain(self.halves)
         self.scores: dict[str, Score] = {}
+        """Of the main quantized precision; `more` has those of the others."""
+        self.more: dict[str, dict[str, Score]] = {}
         self.losses: list[list[float]] = []
         self.table: costs.CostTable | None = None
         plain = plan_of(self._base, self.nodes, [0] * len(self.nodes))
@@ -95,7 +97,9 @@ class Search:
         able = halves.finite(self._bench, self._float, self.nodes, self.halves, self._split)
         if able != self.halves:
             self.halves, self.nodes = able, self._chain(able)
-        self.baselines = {h: halves.everywhere(self._float, self.nodes, h) for h in able}
+        base, nodes = self._base, self.nodes
+        self.baselines = {h: halves.everywhere(self._float, nodes, h) for h in able}
+        self.baselines |= {p: halves.everywhere(base, nodes, p) for p in self._others()}
         self._clock.reserve(self._to_come())
         strategy, order = self._config.strategy, self._config.order
         if strategy != "samp":
@@ -145,7 +149,12 @@ class Search:
         return row_s * rows + 2.0
 
     def _chain(self, halves: Sequence[str]) -> tuple[Node, ...]:
-        return chain(self._full.layers, self._bench.quantizable(), self._recipes, halves)
+        int8, fp8 = self._bench.quantizable(), self._bench.quantizable("fp8")
+        return chain(self._full.layers, int8, self._recipes, halves, fp8, self._fp8)
+
+    def _others(self) -> tuple[str, ...]:
+        """Quantized precisions beside the one that the modes are made of."""
+        return self._bench.narrow()[1:]
 
     # measuring
 
@@ -154,17 +163,26 @@ class Search:
         bench, split = self._bench, self._split
         every = self._config.strategy == "lower-loss"
         rows = len(split.encodings) if every else sensitivity.CHEAP_ROWS
-        self.scores = sensitivity.cheap_scores(bench, self._base, self.nodes, split, rows)
-        if measured:
-            order = sorted(self.scores, key=lambda name: -self.scores[name].cheap)
-            stop = self._clock.part(SENSITIVITY)
-            found = sensitivity.measured_kl(bench, self._base, self.nodes, split, order, stop)
-            self.scores = sensitivity.with_kl(self.scores, found)
-        kl = sensitivity.estimated(self.scores)
+        made: dict[str, dict[str, Score]] = {}
+        share = SENSITIVITY / max(len(bench.narrow()), 1)
+        for place, precision in enumerate(bench.narrow()):
+            nodes = [node.up_to(precision) for node in self.nodes]
+            scores = sensitivity.cheap_scores(bench, self._base, nodes, split, rows)
+            if measured:
+                order = sorted(scores, key=lambda name: -scores[name].cheap)
+                stop = self._clock.part(share / (1.0 - place * share))
+                found = sensitivity.measured_kl(bench, self._base, nodes, split, order, stop)
+                scores = sensitivity.with_kl(scores, found)
+            made[precision] = scores
         rest = halves.losses(bench, self._float, self.nodes, self.halves, split)
+        known = dict(zip(self.halves, rest, strict=True))
+        kl = {precision: sensitivity.estimated(scores) for precision, scores in made.items()}
         self.losses = [
-            [0.0, *rest, *([kl[node.name]] if node.name in kl else [])] for node in self.nodes
+            [kl[p][node.name] if p in kl else known.get(p, 0.0) for p in node.precisions]
+            for node in self.nodes
         ]
+        self.more = made
+        self.scores = self.more.pop(bench.narrow()[0], {}) if made else {}
 
     def _logits(self, name: str) -> Any:
         title = f"search: {name}" + (f" ({self._front()})" if name not in self.modes else "")
@@ -181,7 +199,7 @@ class Search:
         if name in found.candidates:
             return found.candidates[name]
         always = (self._float.key(), self._full.key())
-        if self._clock.over() and plan.key() not in always and name not in self.halves:
+        if self._clock.over() and plan.key() not in always and name not in self.baselines:
             return None
         found.plans[name] = plan
         ms = 0.0
@@ -237,7 +255,7 @@ class Search:
     def _hopeless(self) -> set[str]:
         """Plans that need not be timed; the modes are, where a tier is chosen along them."""
         ordered = sorted(self._found.candidates.values(), key=self._bound)
-        kept = {FLOAT, *self.halves, self._names.get(self._full.key(), "")}
+        kept = {FLOAT, *self.baselines, self._names.get(self._full.key(), "")}
         if any(spec.free for spec in self._config.tiers.values()):
             kept |= set(self.modes)
         hopeless, fastest = set(), float("inf")
@@ -317,7 +335,7 @@ class Search:
         return [(name, choice) for _, name, choice in sorted(near)[:RIVALS]]
 
     def _reverted(self) -> list[tuple[str, tuple[int, ...]]]:
-        """All int8, then the dearest node back in float, and so on: greedy's path."""
+        """All quantized, then the dearest node back in float, and so on: greedy's path."""
         kl = sensitivity.estimated(self.scores)
         back = int(bool(self.halves))  # to fp16 where it is there
         choice = [len(node.options) - 1 for node in self.nodes]
@@ -385,7 +403,6 @@ class Search:
         keep_best(self._config.folder, best)
 
     def _record(self, table: costs.CostTable) -> dict[str, Any]:
-        kl = sensitivity.estimated(self.scores)
         buckets = table.edges
         return {
             "strategy": self._config.strategy,
@@ -393,17 +410,25 @@ class Search:
             "budget_s": self._config.budget_s,
             "spent_s": round(self._clock.spent(), 1),
             "quantizable": self._bench.quantizable(),
+            "fp8": self._bench.quantizable("fp8"),
             "halves": self.halves,
             "nodes": len(self.scores),
             "measured": sum(score.kl is not None for score in self.scores.values()),
             "rank_correlation": correlations(self.scores.values()),
-            "sites": [{**asdict(s), "estimate": kl[name]} for name, s in self.scores.items()],
+            "sites": listed(self.scores),
+            "more": {precision: listed(scores) for precision, scores in self.more.items()},
             "costs": {
                 bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets
             },
             "modelled": self._found.modelled,
         }
+
+
+def listed(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
+    """Scores as build.json has them, with what each site is taken to lose."""
+    kl = sensitivity.estimated(scores)
+    return [{**asdict(score), "estimate": kl[name]} for name, score in scores.items()]
 
 
 def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:

@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from samp_kernels.interface import F32, Array, Batch
+from samp_kernels.interface import F32, LARGEST, Array, Batch
 
 from samp_core.chain import Node, plan_of
 from samp_core.encoder import LayerInput
 from samp_core.heads import softmax_divergence
 from samp_core.pipeline import batches
-from samp_core.plan import Plan, Recipe
-from samp_core.quantize import quantize_weight, without
+from samp_core.plan import Plan, Recipe, input_scale
+from samp_core.quantize import quantize_weight, restored, without
 from samp_core.workbench import Split, Workbench
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CHEAP_ROWS = 128
 
 @dataclass(frozen=True)
 class Score:
-    """One node in int8, every other in fp32; losses in nats a row.
+    """One node in `precision`, every other in fp32; losses in nats a row.
 
     signed: gradient of the task's loss times the quantization error of the node's input, mean and
     standard error over rows (arXiv 2207.10083, section 3). signed_whole: the same of its output,
@@ -249,9 +249,10 @@ class _Cheap:
                         self._rows.setdefault((node.name, kind), []).append(each.numpy())
 
     def _errors(self, node: Node, tap: Tap, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The error of the node's output in int8, and the part of it that its input makes."""
-        round8 = self._encoder.rounded_to_int8
+        """The error of the node's quantized output, and the part of it that its input makes."""
         scales, option = self._base.scales, node.options[-1]
+        precision = node.precisions[-1]
+        round8 = self._encoder.ROUNDED[precision]
         if len(node.sites) > 1:
             scores, context = node.sites
             scale = {}
@@ -271,15 +272,14 @@ class _Cheap:
         recipe = option[site].recipe or Recipe()
         weight = self._tensors[f"{site}.weight"]
         if recipe.activation == "token":
-            scale_x: Any = tap.x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127.0
+            scale_x: Any = tap.x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+            scale_x = scale_x / LARGEST[precision]
         else:
-            scale_x = scales[f"{site}.input_scale"]
+            scale_x = scales[input_scale(site, precision)]
         x = round8(tap.x, scale_x)
         apart = list(self._base.outliers.get(site, ())[: recipe.outliers])
-        q, scale_w = quantize_weight(
-            without(self._bench.checkpoint.tensors[f"{site}.weight"], apart), recipe
-        )
-        stored = self._torch.from_numpy(q.astype(np.float32) * scale_w[:, None])
+        rest = without(self._bench.checkpoint.tensors[f"{site}.weight"], apart)
+        stored = self._torch.from_numpy(restored(*quantize_weight(rest, recipe, precision)))
         if apart:
             x[:, apart], stored[:, apart] = tap.x[:, apart], weight[:, apart]
         from_input = (x - tap.x) @ weight.T

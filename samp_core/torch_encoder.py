@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from samp_kernels.interface import Array, Batch, EncoderConfig, OutputKind
+from samp_kernels.interface import LARGEST, Array, Batch, EncoderConfig, OutputKind
 
 Tensor = torch.Tensor
 Tensors = Mapping[str, Tensor]
@@ -131,6 +131,15 @@ def head_logits(weights: Tensors, feature: Tensor) -> Tensor | None:
 def rounded_to_int8(x: Tensor, scale: float) -> Tensor:
     """scale * clip(rint(x / scale), -127, 127)"""
     return torch.clamp(torch.round(x / scale), -127, 127) * scale
+
+
+def rounded_to_fp8(x: Tensor, scale: float) -> Tensor:
+    """scale * the e4m3 number nearest to x / scale, at most 448"""
+    near = torch.clamp(x / scale, -LARGEST["fp8"], LARGEST["fp8"])
+    return near.to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+ROUNDED = {"int8": rounded_to_int8, "fp8": rounded_to_fp8}
 
 
 def _layer_norm(tensors: Tensors, name: str, x: Tensor, eps: float) -> Any:

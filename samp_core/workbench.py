@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from samp_kernels.cpu import level
-from samp_kernels.interface import F32, Array, Backend, Session
+from samp_kernels.interface import CODES, F32, Array, Backend, Session
 
 from samp_core import bio, calibrate, encoder, heads, latency
 from samp_core.cache import Cache
@@ -31,6 +31,9 @@ from samp_core.quantize import export_weights
 from samp_core.rows import Text
 from samp_core.tasks import TASKS, Task
 from samp_core.text import Encoding, TextEncoder
+
+ON_REQUEST = ("bf16", "fp8")
+"""Precisions that a search tries only where they are asked for."""
 
 
 class Progress(Protocol):
@@ -120,22 +123,29 @@ class Workbench:
         )
         return mode_plan(empty, "float", 0, (), Recipe())
 
-    def quantizable(self) -> tuple[str, ...]:
-        """The kinds of sites that plans may have in int8."""
-        return quantizable_sites(self.backend) if self.allows("int8") else ()
+    def quantizable(self, precision: str = "int8") -> tuple[str, ...]:
+        """The kinds of sites that plans may have in int8, or in fp8."""
+        return quantizable_sites(self.backend, precision) if self.allows(precision) else ()
+
+    def narrow(self) -> tuple[str, ...]:
+        """The quantized precisions that plans may choose. The first is the one that SAMP's modes
+        and the order of layers are made of."""
+        return tuple(p for p in CODES if self.quantizable(p))
 
     def halves(self) -> tuple[str, ...]:
-        """The floats beside fp32 that plans may choose; bf16 only where it is asked for."""
-        wanted = self.precisions or ("fp16",)
-        return tuple(p for p in halves(self.backend) if p in wanted)
+        """The floats beside fp32 that plans may choose."""
+        return tuple(p for p in halves(self.backend) if self.allows(p))
 
     def allows(self, precision: str) -> bool:
-        return not self.precisions or precision in self.precisions
+        """Whether it is asked for, or nothing is and it is none of those that must be."""
+        if self.precisions:
+            return precision in self.precisions
+        return precision not in ON_REQUEST
 
     def check_precisions(self) -> None:
         """Raises UsageError for a precision that was asked for and is not there."""
         able = ["fp32", *halves(self.backend)]
-        able += ["int8"] if quantizable_sites(self.backend) else []
+        able += [p for p in CODES if quantizable_sites(self.backend, p)]
         for precision in self.precisions:
             if precision not in able:
                 raise UsageError(

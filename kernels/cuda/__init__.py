@@ -18,9 +18,11 @@ MEND = (
 )
 
 
-def emulated() -> bool:
-    """Whether SAMP_CUDA=emulated asks for the kernels without a GPU: right answers, no speed."""
-    return os.environ.get("SAMP_CUDA") == "emulated"
+def emulated() -> str:
+    """The architecture that SAMP_CUDA=emulated (sm_80) or emulated:sm_89 asks for: the kernels
+    without a GPU, right answers, no speed. "" where it asks for none."""
+    word, _, architecture = os.environ.get("SAMP_CUDA", "").partition(":")
+    return (architecture or "sm_80") if word == "emulated" else ""
 
 
 @cache
@@ -28,6 +30,9 @@ def missing() -> str:
     """Why this backend cannot run here; "" where it can. Compiles nothing."""
     if emulated():
         emulator = importlib.import_module("samp_kernels.cuda.emulator")
+        known = importlib.import_module("samp_kernels.cuda.units").ARCHITECTURES
+        if emulated() not in known:
+            return f"SAMP_CUDA=emulated:{emulated()}; there are {', '.join(known)}"
         return "" if emulator.find_compiler() else "no C++ compiler for the emulator"
     if find_spec("cupy") is None:
         return "CuPy is not installed"

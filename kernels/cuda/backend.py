@@ -1,6 +1,7 @@
 """The CUDA backend, one op at a time, over any launcher: a GPU, or the emulator in tests.
 
-int8 activations are signed. Arrays are `Matrix`es: device memory, rows padded to 16 elements.
+int8 activations are signed, fp8 ones codes of e4m3. Arrays are `Matrix`es: device memory, rows
+padded to 16 elements.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 from samp_kernels.cuda import ops
-from samp_kernels.cuda.formats import DTYPES, decode, encode, has
+from samp_kernels.cuda.formats import DTYPES, check_precision, decode, encode, has
 from samp_kernels.cuda.launcher import Buffer, Launch, Launcher
 from samp_kernels.cuda.ops import Matrix, Packed, Target, padded, size_of
 from samp_kernels.cuda.session import CudaSession
 from samp_kernels.cuda.tiles import room_for
 from samp_kernels.cuda.units import number
 from samp_kernels.interface import (
+    CODES,
     I32,
     Activation,
     Array,
@@ -38,7 +40,8 @@ FLOATS = ("fp32", "fp16", "bf16")
 
 
 class CudaBackend:
-    """Every site in fp32, fp16, bf16 (from sm_80 on) or int8; scales per token."""
+    """Every site in fp32, fp16, bf16 (from sm_80 on) or int8, GEMMs in fp8 (from sm_89 on), too;
+    scales per token."""
 
     name = "cuda"
 
@@ -48,7 +51,7 @@ class CudaBackend:
             from samp_kernels.cuda.emulator import CpuLauncher
             from samp_kernels.cuda.launcher import CupyLauncher
 
-            launcher = CpuLauncher() if emulated() else CupyLauncher()
+            launcher = CpuLauncher(emulated()) if emulated() else CupyLauncher()
         self.launcher: Launcher = launcher
         self.ran: tuple[str, ...] = ()
 
@@ -58,10 +61,12 @@ class CudaBackend:
         return {"gpu": name, "isa": self.launcher.architecture}
 
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
-        floats = [f for f in FLOATS if has(f, number(self.launcher.architecture))]
-        kinds = (*((f, "") for f in floats), ("int8", "static"))
-        attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in kinds}
-        gemm = {("gemm", *kind) for kind in kinds} | {("gemm", "int8", "token")}
+        sm = number(self.launcher.architecture)
+        floats = {(f, "") for f in FLOATS if has(f, sm)}
+        codes = {(p, how) for p in CODES if has(p, sm) for how in ("static", "token")}
+        inside = floats | {("int8", "static")}
+        attention = {(f"attention.{s}", *kind) for s in ("scores", "context") for kind in inside}
+        gemm = {("gemm", *kind) for kind in floats | codes}
         return frozenset({("gemm", "residual", "")} | gemm | attention)
 
     def prepare(
@@ -91,7 +96,8 @@ class CudaBackend:
         return Matrix(buffer, 0, (rows, columns), padded(columns), kind)
 
     def pack(self, weight: Weight, precision: str) -> Packed:
-        check_weight(weight, "fp32" if precision in FLOATS else precision)
+        check_precision(precision, number(self.launcher.architecture))
+        check_weight(weight, "fp32" if precision in FLOATS else precision, ("fp32", *CODES))
         if weight.outliers is not None:
             raise UnsupportedPrecision("cuda pack", "outliers", "weights without an outlier split")
         if precision == "fp16" and float(np.abs(weight.data).max(initial=0.0)) > 65504.0:
@@ -140,7 +146,7 @@ class CudaBackend:
         data = x
         if isinstance(x, QTensor):
             if packed.scale is None:
-                raise KernelError("gemm", "int8 activations for floats", "the same kind of both")
+                raise KernelError("gemm", f"{x.data.kind} activations", "as the weights: floats")
             data = x.data
             factor: Any = np.float32(1.0)
             if isinstance(x.scale, Matrix):
@@ -152,7 +158,7 @@ class CudaBackend:
             got = f"{data.kind} activations for {packed.precision} weights"
             raise KernelError("gemm", got, "the same kind of both")
         if out.scale == "token":
-            raise UnsupportedPrecision("gemm", f"{out}", "a float, or int8 with a static scale")
+            raise UnsupportedPrecision("gemm", f"{out}", "a float, or a static scale")
         to = _Result(self, out, (x.shape[0], packed.shape[0]))
         width = padded(packed.shape[0])
         sums, blocks = room_for(data.rows, width) if packed.precision == "int8" else (0, 0)
@@ -258,9 +264,10 @@ class _Result:
     def __init__(
         self, backend: CudaBackend, out: Out, shape: tuple[int, int], *, full: bool = False
     ) -> None:
-        if out.keep or out.dtype not in (*FLOATS, "int8"):
-            allowed = f"{', '.join(FLOATS)} or int8, without keep"
+        if out.keep or out.dtype not in (*FLOATS, *CODES):
+            allowed = f"{', '.join((*FLOATS, *CODES))}, without keep"
             raise UnsupportedPrecision("cuda", f"{out}", allowed)
+        check_precision(out.dtype, number(backend.launcher.architecture))
         self._out = out
         self._shape = (int(shape[0]), int(shape[1]))
         self.floats: Any = None
@@ -270,15 +277,15 @@ class _Result:
             self.floats = backend.empty(*self._shape, "fp32")
         if out.dtype in ("fp16", "bf16"):
             halves = backend.empty(*self._shape, out.dtype)
-        if out.dtype == "int8":
-            integers = backend.empty(*self._shape, "int8")
+        if out.dtype in CODES:
+            integers = backend.empty(*self._shape, out.dtype)
             if out.scale == "token":
                 scales = backend.empty(1, self._shape[0], "fp32")
                 scales = Matrix(scales.buffer, 0, (self._shape[0],), scales.ld, "fp32")
             elif isinstance(out.scale, float) and out.scale > 0.0:
                 scale = out.scale
             else:
-                raise UnsupportedPrecision("quantize", f"{out}", 'int8 with a scale > 0 or "token"')
+                raise UnsupportedPrecision("quantize", f"{out}", 'a scale > 0 or "token"')
         self.target = Target(self.floats, halves, integers, scale, scales)
 
     @property

@@ -1,7 +1,7 @@
-"""Numbers as the kernels hold them: the kinds, their sizes, and bf16 and e4m3 on the host.
+"""Numbers as the kernels hold them: the kinds, their sizes, and bf16 on the host.
 
-NumPy has neither; both stand as bits in unsigned integers. e4m3 is OCP's: no infinities, largest
-448. Rounding is half to even and saturates, as the device's is.
+NumPy has neither bf16 nor e4m3 (e4m3.py); both stand as bits in unsigned integers. Rounding is half
+to even, as the device's is.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from samp_kernels.e4m3 import E4M3, to_e4m3
 from samp_kernels.interface import F32, Array, UnsupportedPrecision
 
 KINDS = {"fp32": 0, "fp16": 1, "int8": 2, "bf16": 3, "fp8": 4}
@@ -22,9 +23,6 @@ DTYPES: dict[str, Any] = {
     "int8": np.int8,
     "fp8": np.uint8,
 }
-LARGEST = {"int8": 127.0, "fp8": 448.0}
-"""Of a quantized value: a scale is the largest magnitude over this."""
-
 _OLDEST = {"bf16": 80, "fp8": 89}
 
 
@@ -40,11 +38,12 @@ def check_precision(precision: str, sm: int) -> None:
 
 
 def encode(x: Array, kind: str) -> Array:
-    """Numbers as a kind's array: `DTYPES[kind]`. Integers of int8 are taken as they are."""
+    """Numbers as a kind's array: `DTYPES[kind]`. Integers of int8 and codes of fp8 stay as they
+    are."""
     if kind == "bf16":
         return to_bf16(np.asarray(x, dtype=np.float32))
     if kind == "fp8":
-        return to_e4m3(np.asarray(x, dtype=np.float32))
+        return x if x.dtype == np.uint8 else to_e4m3(np.asarray(x, dtype=np.float32))
     return np.asarray(x, dtype=DTYPES[kind])
 
 
@@ -59,29 +58,3 @@ def to_bf16(x: F32) -> Array:
     bits = np.ascontiguousarray(x).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
-
-
-def to_e4m3(x: F32) -> Array:
-    known = np.where(np.isnan(x), np.float32(0.0), x)
-    size = np.minimum(np.abs(known), np.float32(448.0))
-    # In steps of an eighth of the power of two below it, of 2^-6 at least; 8 steps are the next
-    # power's first. frexp of zero says 0, so it is lifted.
-    exponent = np.maximum(np.frexp(np.maximum(size, np.float32(2.0**-9)))[1] - 1, -6)
-    bits = (exponent + 7) * 8 + np.rint(np.ldexp(size, 3 - exponent)) - 8
-    signed = bits.astype(np.uint8) | np.signbit(known) * np.uint8(0x80)
-    return np.where(np.isnan(x), np.uint8(0x7F), signed).astype(np.uint8)
-
-
-def _values() -> F32:
-    bits = np.arange(256)
-    exponent, mantissa = bits >> 3 & 15, bits & 7
-    size = np.where(
-        exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7)
-    )
-    size[bits & 127 == 127] = np.nan
-    values: F32 = np.where(bits & 128, -size, size).astype(np.float32)
-    return values
-
-
-E4M3: F32 = _values()
-"""The value of each of the 256."""

@@ -133,6 +133,25 @@ def test_scales_by_stored_name() -> None:
     assert all(type(value) is float for value in scales.values())
 
 
+def test_fp8_scales_are_the_reach_over_448() -> None:
+    ranges, inputs = observe(), activations("tokens")
+    gemms = [f"layer.0.{name}" for name in ("qkv", "out", "ffn_in", "ffn_out")]
+    found = calibrate.fp8_scales(ranges, Recipe())
+    wanted = {f"{name}.fp8_input_scale": np.abs(inputs[name]).max() / 448 for name in gemms}
+    assert found == wanted
+    percent = Recipe(calibrator="percentile", percentile=99.0)
+    less = calibrate.fp8_scales(ranges, percent)
+    whole = calibrate.scales(ranges, percent)
+    for name in gemms:
+        ratio = whole[f"{name}.input_scale"] / less[f"{name}.fp8_input_scale"]
+        assert ratio == pytest.approx(448 / 127)
+    assert list(calibrate.fp8_scales(ranges, {gemms[1]: Recipe()})) == [
+        f"{gemms[1]}.fp8_input_scale"
+    ]
+    with pytest.raises(SampError, match=r"mse for fp8; allowed: minmax, percentile"):
+        calibrate.fp8_scales(ranges, Recipe(calibrator="mse"))
+
+
 def test_scales_are_a_pure_function() -> None:
     ranges = observe()
     kept = {name: value.copy() for name, value in ranges.items()}

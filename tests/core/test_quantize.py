@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file as torch_load
 from samp_kernels.interface import Array
 from tiny import CONFIG, tiny_weights
 
 from samp_core.errors import SampError
-from samp_core.plan import Plan, Recipe, SitePlan, mode_plan
-from samp_core.quantize import export_weights, quantize_weight
+from samp_core.plan import Plan, Recipe, SitePlan, input_scale, mode_plan
+from samp_core.quantize import export_weights, quantize_weight, restored
+from samp_core.tensors import load_tensors, save_tensors
 
 SITES = ("qkv", "scores", "context", "out", "ffn_in", "ffn_out")
 NAMES = ("qkv", "out", "ffn_in", "ffn_out")
@@ -133,7 +140,6 @@ def test_the_memo_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("entry", "code"),
     [
-        (SitePlan("fp8", Recipe()), "unsupported_precision"),
         (SitePlan("bits4", Recipe()), "unsupported_precision"),
         (SitePlan("int8", Recipe(smooth=0.5)), "unsupported_recipe"),
         (SitePlan("int8", Recipe(rounding="adaround")), "unsupported_recipe"),
@@ -169,3 +175,62 @@ def test_per_channel_is_nearer_than_per_tensor() -> None:
         near = dequantized(stored, "layer.0.qkv") - tensors["layer.0.qkv.weight"]
         errors.append(np.abs(near[1:]).max())
     assert errors[0] * 10 < errors[1]
+
+
+def test_fp8_weights_are_the_nearest_e4m3_numbers(tmp_path: Path) -> None:
+    tensors = tiny_weights(0)
+    tensors["layer.0.out.weight"][3] = 0.0
+    plan = plan_of(qkv=SitePlan("fp8", CHANNEL), out=SitePlan("fp8", Recipe(activation="token")))
+    scaled = replace(plan, scales={**plan.scales, input_scale("layer.0.qkv", "fp8"): 0.25})
+    with pytest.raises(SampError, match=r"layer.0.qkv .*layer.0.qkv.fp8_input_scale"):
+        export_weights(tensors, plan)
+    stored = export_weights(tensors, scaled)
+    for name in ("layer.0.qkv", "layer.0.out"):
+        weight, scale = tensors[f"{name}.weight"], stored[f"{name}.weight_scale"]
+        largest = np.abs(weight).max(axis=1)
+        assert np.allclose(scale[largest > 0] * 448, largest[largest > 0], rtol=1e-6)
+        assert stored[f"{name}.weight"].dtype == np.uint8
+        x = torch.from_numpy(weight / scale[:, None])
+        wanted = x.to(torch.float8_e4m3fn).float().numpy() * scale[:, None]
+        assert np.array_equal(restored(stored[f"{name}.weight"], scale), wanted)
+    assert stored["layer.0.qkv.input_scale"] == [0.25]
+    assert "layer.0.out.input_scale" not in stored
+    # In the file they are F8_E4M3, which other programs read as such.
+    file = tmp_path / "weights.safetensors"
+    save_tensors(file, stored)
+    again = load_tensors(file)
+    assert again.keys() == stored.keys()
+    for name, array in stored.items():
+        assert again[name].dtype == array.dtype
+        assert np.array_equal(again[name], array)
+    there = torch_load(file)
+    held = there["layer.0.qkv.weight"]
+    assert held.dtype == torch.float8_e4m3fn
+    assert np.array_equal(held.view(torch.uint8).numpy(), stored["layer.0.qkv.weight"])
+    assert np.array_equal(there["layer.0.qkv.bias"].numpy(), stored["layer.0.qkv.bias"])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(SafetensorError):
+        load_tensors(file)
+
+
+def test_a_file_with_fp8_weights_is_read_without_ml_dtypes(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_tensors(
+        file, {"w": np.arange(6, dtype=np.uint8).reshape(2, 3), "b": np.ones(1, np.float32)}
+    )
+    code = (
+        "import sys; from pathlib import Path; from samp_core.tensors import load_tensors; "
+        f"print(load_tensors(Path({str(file)!r}))['w'].tolist(), 'ml_dtypes' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[0, 1, 2], [3, 4, 5]] False"
+
+
+def test_fp8_and_int8_of_a_site_share_nothing() -> None:
+    tensors, memo = tiny_weights(0), {}  # type: ignore[var-annotated]
+    plan = plan_of(qkv=SitePlan("int8", CHANNEL))
+    plan = replace(plan, scales={**plan.scales, "layer.0.qkv.fp8_input_scale": 0.25})
+    for kind, stored_as in (("int8", np.int8), ("fp8", np.uint8)):
+        one = replace(plan, sites={"layer.0.qkv": SitePlan(kind, CHANNEL)})
+        assert export_weights(tensors, one, memo)["layer.0.qkv.weight"].dtype == stored_as
+    assert len(memo) == 2

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from samp_kernels.cuda import ops
 from samp_kernels.cuda.backend import CudaBackend
-from samp_kernels.cuda.formats import E4M3, LARGEST, decode, encode, to_e4m3
+from samp_kernels.cuda.formats import E4M3, decode, encode, to_e4m3
 from samp_kernels.cuda.ops import Matrix, Packed, Target
 from samp_kernels.cuda.units import check_unit, units_by_name
 from samp_kernels.interface import (
     ACTIVATIONS,
+    LARGEST,
     Array,
     KernelError,
     LayerNorm,

@@ -12,6 +12,7 @@ from bert import backend
 from close import BACKENDS, able, needs, quantized
 from samp_kernels import onednn
 from samp_kernels.interface import (
+    CODES,
     Array,
     EmbeddingTables,
     KernelError,
@@ -196,9 +197,10 @@ def test_capabilities_run(name: str) -> None:
             assert op == "gemm"
             weight = Weight(np.ones((5, 24), np.float32))
             feed = Out()
-            if precision == "int8":
-                weight = Weight(np.ones((5, 24), np.int8), np.ones(5, np.float32))
-                feed = Out("int8", 0.1 if activation == "static" else "token")
+            if precision in CODES:
+                codes = np.full((5, 24), 1, CODES[precision])
+                weight = Weight(codes, np.ones(5, np.float32))
+                feed = Out(precision, 0.1 if activation == "static" else "token")
             packed = b.pack(weight, precision)
             b.gemm(b.quantize(b.array(x), feed), packed, b.array(np.zeros(5)), out=Out())
             assert b.ran == (precision,)
