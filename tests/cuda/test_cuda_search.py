@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import samp_kernels.cuda
 from emulated import needs_compiler
+from safetensors import safe_open
+from samp_kernels.interface import UnsupportedPrecision, pack_batch
 from separable import make_small
 
 from samp_core import costs
@@ -20,15 +22,19 @@ from samp_core.build import build
 from samp_core.chain import Node, choice_of
 from samp_core.config import load_config
 from samp_core.costs import CostTable
+from samp_core.encoder import load_session
 from samp_core.errors import SampError, UsageError
 from samp_core.explain import explain
 from samp_core.generate import GenerateConfig, generate
 from samp_core.manifest import read_manifest
 from samp_core.plan import Plan, SitePlan
+from samp_core.report import render
+from samp_core.report_facts import read_facts
+from samp_core.report_figure import PRECISION_COLOURS
 from samp_core.workbench import Workbench
 
 pytestmark = needs_compiler
-MS = {"fp32": 1.0, "fp16": 0.4, "bf16": 0.4, "int8": 0.3}
+MS = {"fp32": 1.0, "fp16": 0.4, "bf16": 0.4, "int8": 0.3, "fp8": 0.2}
 ROWS = {"calibration": 8, "search": 24}
 
 
@@ -119,6 +125,79 @@ def test_precisions_restrict_the_search(tmp_path: Path) -> None:
     assert {entry.precision for entry in fast.sites.values()} == {"fp16"}
     with pytest.raises(UsageError, match=r"fp16 on backend reference.*fp32, int8"):
         build(config.model_copy(update={"backend": "reference"}))
+
+
+@pytest.mark.usefixtures("device")
+def test_fp8_is_a_precision_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where GEMMs take least time in fp8 the fastest plan has them, beside int8 attention."""
+    monkeypatch.setenv("SAMP_CUDA", "emulated:sm_89")
+    samp_kernels.cuda.missing.cache_clear()
+    config = settings(tmp_path, precisions="fp32,int8,fp16,fp8")
+    build(config)
+    folder = read_manifest(config.folder).folder
+    record = json.loads((folder / "build.json").read_text())
+    timed = {c["name"]: c["latency_ms"] for c in record["candidates"]}
+    # int8 is what the modes are of; every GEMM in fp8 stands beside them, attention in fp16.
+    assert timed["full(1)"] == pytest.approx(0.1 + 5 * MS["int8"])
+    assert timed["fp8"] == pytest.approx(0.1 + 4 * MS["fp8"] + MS["fp16"])
+    assert record["calibration"]["fp8"] == "minmax"
+    search = record["search"]
+    assert search["fp8"] == ["qkv", "out", "ffn_in", "ffn_out"]
+    gemms = [f"layer.0.{site}" for site in search["fp8"]]
+    assert [site["node"] for site in search["more"]["fp8"]] == gemms
+    for site in search["more"]["fp8"]:
+        assert site["precision"] == "fp8"
+        assert site["kl"] >= 0.0
+        assert site["fisher"] > 0.0
+    fast = plan_of(config.folder, "fast")
+    assert fast.device == {"gpu": "emulated", "isa": "sm_89", "threads": 1}
+    used = {site: fast.precision(site) for site in fast.sites}
+    assert {used[site] for site in gemms} == {"fp8"}
+    assert {used["layer.0.scores"], used["layer.0.context"]} <= {"int8", "fp16"}
+    assert "fp8" in fast.summary()
+    # What is served: codes of e4m3 in a file that says so, and the kernels' own word for it.
+    place = folder / "models" / "encoder_small_fast" / "1"
+    with safe_open(place / "weights.safetensors", "np") as file:
+        assert {file.get_slice(f"{site}.weight").get_dtype() for site in gemms} == {"F8_E4M3"}
+    ran = record["observed"][record["tiers"]["fast"]["plan"]]["executed"]
+    assert {ran[site] for site in gemms} == {"fp8"}
+    session = load_session(place)
+    batch = pack_batch([np.arange(5, dtype=np.int32)], [np.zeros(5, np.int32)])
+    assert np.isfinite(session.run(batch)).all()
+    assert session.executed() == used
+    why = {site["site"]: site["why"] for site in explain(config.folder, "fast")["sites"]}
+    assert all(why[site].startswith("fp8: saves 0.200 ms") for site in gemms)
+    page = render(read_facts(config.folder))
+    assert PRECISION_COLOURS["fp8"] in page
+    assert "fp8: saves 0.200 ms" in page
+    # The same repository on a GPU without fp8: an error at load that says what there is.
+    monkeypatch.setenv("SAMP_CUDA", "emulated:sm_86")
+    samp_kernels.cuda.missing.cache_clear()
+    with pytest.raises(UnsupportedPrecision, match=r"layer.0.qkv fp8 static; allowed: .*int8"):
+        load_session(place)
+    with pytest.raises(UsageError, match=r"fp8 on backend cuda.*fp32, fp16, bf16, int8"):
+        build(config)
+
+
+@pytest.mark.usefixtures("device")
+def test_without_int8_the_modes_are_of_fp8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAMP_CUDA", "emulated:sm_89")
+    samp_kernels.cuda.missing.cache_clear()
+    config = settings(tmp_path, precisions="fp16,fp8", activation="token")
+    build(config)
+    record = json.loads((read_manifest(config.folder).folder / "build.json").read_text())
+    timed = {c["name"]: c["latency_ms"] for c in record["candidates"]}
+    assert timed["ffn_only(1)"] == pytest.approx(0.1 + 2 * MS["fp8"] + 3 * MS["fp16"])
+    assert timed["full(1)"] == pytest.approx(0.1 + 4 * MS["fp8"] + MS["fp16"])
+    assert record["search"]["quantizable"] == []
+    assert {site["precision"] for site in record["search"]["sites"]} == {"fp8"}
+    fast = plan_of(config.folder, "fast")
+    entry = fast.sites["layer.0.ffn_in"]
+    assert entry.precision == "fp8"
+    assert entry.recipe is not None
+    assert entry.recipe.activation == "token"
+    lines = [site["why"] for site in explain(config.folder, "fast")["sites"]]
+    assert all(line.startswith("fp8: saves") for line in lines)
 
 
 @pytest.mark.usefixtures("device")

@@ -11,7 +11,9 @@ import pytest
 from bert import Shape, batch_of, open_session, scaled_plan, write_bert
 from bert import backend as cpu_backend
 from emulated import backend, launcher, needs_compiler
-from samp_kernels.cuda.session import CudaSession, token_buckets
+from samp_kernels.cuda.backend import CudaBackend
+from samp_kernels.cuda.emulator import CpuLauncher
+from samp_kernels.cuda.session import OUTPUTS, SEQUENCES, CudaSession, token_buckets
 from samp_kernels.interface import SITES, Batch, KernelError, UnsupportedPrecision
 
 from samp_core.checkpoint import Checkpoint, load_checkpoint
@@ -203,9 +205,75 @@ def test_prepare_takes_the_session_and_refuses_what_it_lacks(
     tensors = export_weights(checkpoint.tensors, mixed)
     with pytest.raises(UnsupportedPrecision, match="each int8 or one of fp32"):
         prepare(backend(), checkpoint.config, tensors, mixed)
-    fp8 = plan_of(scaled, {"qkv": "fp8"})
-    with pytest.raises(UnsupportedPrecision, match="fp8"):
-        prepare(backend(), checkpoint.config, checkpoint.tensors, fp8)
+
+
+class Counting(CpuLauncher):
+    """The emulator as a device with a stream: what is captured, copied and launched is counted."""
+
+    stream = None
+
+    def __init__(self) -> None:
+        super().__init__("sm_80")
+        self.captured: list[int] = []
+        self.replayed = 0
+        self.copies: list[tuple[str, int, bool]] = []
+        self.pinned_at: list[range] = []
+
+    def capture(self, launches: Any) -> Any:
+        self.captured.append(len(launches))
+        whole = super().capture(launches)
+
+        def replay() -> None:
+            self.replayed += 1
+            whole()
+
+        return replay
+
+    def pinned(self, size: int) -> Any:
+        made = super().pinned(size)
+        self.pinned_at.append(range(made.ctypes.data, made.ctypes.data + size))
+        return made
+
+    def to_device(self, buffer: Any, data: Any, offset: int = 0) -> None:
+        self._note("in", data)
+        super().to_device(buffer, data, offset)
+
+    def to_host(self, buffer: Any, data: Any, offset: int = 0) -> None:
+        self._note("out", data)
+        super().to_host(buffer, data, offset)
+
+    def _note(self, way: str, data: Any) -> None:
+        pinned = any(data.ctypes.data in place for place in self.pinned_at)
+        self.copies.append((way, data.nbytes, pinned))
+
+
+def test_a_servers_graphs_are_captured_at_start_and_a_batch_is_two_copies(
+    checkpoint: Checkpoint, scaled: Plan
+) -> None:
+    """One graph for each bucket and output; then a pass is one copy in, one replay, one copy out,
+    both copies of pinned memory."""
+    plan = plan_of(scaled, PLANS["ffn_only"])
+    counting = Counting()
+    tensors = export_weights(checkpoint.tensors, plan)
+    session = CudaSession(CudaBackend(counting), checkpoint.config, tensors, plan, max_tokens=64)
+    buckets = token_buckets(64)
+    sequences = sum(len({min(n, tokens) for n in SEQUENCES[:2]}) for tokens in buckets)
+    assert len(counting.captured) == len(OUTPUTS) * sequences
+    assert set(counting.captured) == {7 * scaled.layers + 1, 7 * scaled.layers + 2}
+    made = len(counting.captured)
+    for lengths in (LENGTHS, (1,), (30, 30)):
+        batch = batch_of(lengths)
+        for output in OUTPUTS:
+            counting.copies.clear()
+            counting.launched.clear()
+            counting.replayed = 0
+            session.run(batch, output=output)  # type: ignore[arg-type]
+            assert [(way, pinned) for way, _, pinned in counting.copies] == [
+                ("in", True), ("out", True),
+            ]  # fmt: skip
+            assert counting.replayed == 1
+            assert len(counting.launched) in counting.captured
+    assert len(counting.captured) == made, "a bucket was met that was not captured at start"
 
 
 @pytest.mark.parametrize("most", [1, 16, 100, 8192])
