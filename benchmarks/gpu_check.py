@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_import
-from gpu_report import Report, write_json
+from gpu_report import Report, failed, unproven, write_json
 
 ROOT = gpu_import.ROOT
 BUDGET_S = 465.0
@@ -207,7 +207,28 @@ def main() -> int:
     good = sum(check["ok"] for check in checks)
     ended = all(step["ended"] for step in facts["steps"].values())
     print(f"     {path}\n{good} of {len(checks)} checks passed, {facts['seconds']} s")
+    if not options.emulate:
+        print(f"     {note(facts, path, good)}")
     return 0 if checks and ended and good == len(checks) else 1
+
+
+def note(facts: dict[str, Any], path: Path, checks: int) -> str:
+    """Record that the kernels are proven on this architecture, or take it back; in words."""
+    from samp_kernels.cuda import architecture, proven
+
+    here, why = architecture(), unproven(facts["steps"])
+    if "SAMP_WGMMA" in os.environ:
+        why = why or "SAMP_WGMMA was set"
+    try:
+        if failed(facts["steps"]):
+            proven.withdraw(here)
+        if why:
+            return f"not proven on {here}, backend auto leaves this GPU alone: {why}"
+        kept = {key: facts.get(key) for key in ("device", "driver", "date", "commit")}
+        where = proven.record(here, {**kept, "checks": checks, "result": path.name})
+    except OSError as error:
+        return f"the result could not be noted in {proven.file()}: {error.strerror}"
+    return f"proven on {here}: backend auto takes it from now on ({where})"
 
 
 def one_step(name: str, left: float, emulate: bool) -> dict[str, Any]:

@@ -6,9 +6,13 @@ import json
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+PROVING = ("ops", "encoder", "serving")
+"""Steps that must have been made before backend `auto` takes the kernels on such a GPU."""
 
 
 @dataclass
@@ -52,6 +56,27 @@ class Report:
 
     def save(self) -> None:
         write_json(self.path, self.facts)
+
+
+def unproven(steps: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why a run does not prove the kernels on its GPU; "" where it does: all of PROVING were made,
+    every step came to its end and every check passed."""
+    for name in PROVING:
+        if not steps.get(name, {}).get("checks"):
+            return f"step {name} was not made"
+    for name, step in steps.items():
+        if not step.get("ended"):
+            return f"step {name} did not come to its end"
+        for check in step.get("checks", ()):
+            if not check["ok"]:
+                return f"{check['name']} failed"
+    return ""
+
+
+def failed(steps: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a check failed or a step died: what takes an earlier proof away."""
+    bad = any(not check["ok"] for step in steps.values() for check in step.get("checks", ()))
+    return bad or any(not step.get("ended") for step in steps.values())
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

@@ -149,9 +149,9 @@ class Model:
 
 def cpu_backend() -> str:
     """The best that is here: native kernels, torch's, or NumPy's."""
-    from samp_core.backends import choose_backend
+    from samp_core.backends import cpu_backend as best
 
-    name = choose_backend("auto")
+    name = best()
     if name == "onednn" and importlib.util.find_spec("torch") is None:
         return "reference"
     return name

@@ -41,11 +41,29 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
     raise SampError("unknown_backend", f"backend {name!r}", ", ".join(BACKENDS), "choose one")
 
 
-def choose_backend(name: str) -> str:
-    """`auto` as a backend's name: `cpu` where its kernels were built and run vector instructions,
-    else `onednn`; any other name as it is. Never `cuda`: its kernels have not met a GPU yet."""
+def choose_backend(name: str, head_dim: int | None = None) -> str:
+    """`auto` as a backend's name, any other name as it is.
+
+    `cuda` where a GPU is there and `make gpu-check` passed on its architecture with these kernels,
+    for a model whose heads they have; else the CPU's.
+    """
     if name != "auto":
         return name
+    from samp_kernels.cuda import not_automatic
+
+    return cpu_backend() if not_automatic(head_dim) else "cuda"
+
+
+def cpu_backend() -> str:
+    """`cpu` where its kernels were built and run vector instructions, else `onednn`."""
     from samp_kernels.cpu import level
 
     return "cpu" if level() not in ("", "portable") else "onednn"
+
+
+def unused_gpu(head_dim: int | None = None) -> str:
+    """Why `auto` leaves a GPU unused that backend cuda could run on; "" where there is none."""
+    from samp_kernels.cuda import emulated, missing, not_automatic
+
+    able = not emulated() and (not missing() or "no cubin" in missing())
+    return (missing() or not_automatic(head_dim)) if able else ""

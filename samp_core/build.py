@@ -19,7 +19,7 @@ from samp_kernels.cpu import state
 
 from samp_core import cache, heads, latency, metrics, recipes, tasks
 from samp_core.allocate import Candidate
-from samp_core.backends import choose_backend
+from samp_core.backends import choose_backend, unused_gpu
 from samp_core.budget import Clock, forget_best
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
@@ -76,8 +76,12 @@ def build(
         bench.check_precisions()
         config = with_mix(config, bench)
         warnings: list[str] = []
-        if config.backend == "auto" and bench.backend_name != "cpu":
-            warnings.append(f"backend {bench.backend_name}: the cpu kernels are {state()}")
+        if config.backend == "auto":
+            if bench.backend_name not in ("cpu", "cuda"):
+                warnings.append(f"backend {bench.backend_name}: the cpu kernels are {state()}")
+            why = unused_gpu(bench.checkpoint.config.head_dim)
+            if why:
+                warnings.append(f"backend {bench.backend_name}: the GPU is not used, {why}")
         splits = read_splits(config, warnings)
         scored = "" not in splits.verification.labels
         metric = metrics.of(bench.task, bench.checkpoint.labels, scored)
@@ -181,7 +185,7 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         head_weights=head.export(checkpoint.state, checkpoint.hf_config),
         cache=cache.Cache(config.folder / "cache"),
         code=cache.code_sha256(),
-        backend_name=choose_backend(config.backend),
+        backend_name=choose_backend(config.backend, checkpoint.config.head_dim),
         precisions=config.precisions,
         threads=config.threads,
         progress=progress,

@@ -80,6 +80,7 @@ def examine() -> list[Check]:
         check_disk(Path.cwd()),
         check_gpu(),
         _optional("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "backend cuda", "gpu"),
+        check_cuda(),
         check_compiler(),
         _optional("locust", ("locust",), "`samp loadtest`", "loadtest"),
     ]
@@ -220,6 +221,23 @@ def check_gpu() -> Check:
     except (OSError, subprocess.SubprocessError):
         return Check("gpu", True, "nvidia-smi fails: CPU tiers only", "look at the GPU's driver")
     return Check("gpu", True, "; ".join(answer.stdout.strip().splitlines()) or "none")
+
+
+def check_cuda() -> Check:
+    """Whether backend cuda can run here, and whether `auto` takes it."""
+    from samp_kernels.cuda import MEND, architecture, emulated, missing, not_automatic
+    from samp_kernels.cuda.proven import COMMAND, entry
+
+    item, why = "cuda kernels", missing()
+    if why:
+        return Check(item, True, f"absent: {why}", MEND)
+    if emulated():
+        return Check(item, True, f"emulated: {emulated()}, for tests")
+    why = not_automatic()
+    if why:
+        return Check(item, True, f"there, not taken by `auto`: {why}", f"{COMMAND}, once")
+    facts = entry(architecture()) or {}
+    return Check(item, True, f"`auto` takes them: {COMMAND} passed on {facts.get('date')}")
 
 
 def check_compiler() -> Check:

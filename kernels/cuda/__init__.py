@@ -2,7 +2,7 @@
 
 formats.py says how numbers lie, units.py what is compiled, tiles.py which tile runs, launcher.py
 what launches it, ops.py one op as one launch, session.py a whole encoder as one graph; emulator.py
-is a launcher for tests.
+is a launcher for tests, proven.py says where a check on hardware has passed.
 Nothing here has run on a GPU yet: docs/gpu.md.
 """
 
@@ -26,6 +26,18 @@ def emulated() -> str:
 
 
 @cache
+def architecture() -> str:
+    """The architecture whose cubins device 0 runs. Raises what CuPy does where there is none."""
+    cupy = importlib.import_module("cupy")
+    units = importlib.import_module("samp_kernels.cuda.units")
+    capability = int(cupy.cuda.Device(0).compute_capability)
+    found: str = units.for_device(capability)
+    if not found:
+        raise RuntimeError(f"no kernels for compute capability {capability}")
+    return found
+
+
+@cache
 def missing() -> str:
     """Why this backend cannot run here; "" where it can. Compiles nothing."""
     if emulated():
@@ -37,17 +49,27 @@ def missing() -> str:
     if find_spec("cupy") is None:
         return "CuPy is not installed"
     try:
-        cupy = importlib.import_module("cupy")
-        device = cupy.cuda.Device(0)
-        capability = int(device.compute_capability)
+        here = architecture()
     except Exception as error:  # CuPy's own kinds, which are not there where it is not.
         return f"no usable GPU ({type(error).__name__}: {error})"
     build = importlib.import_module("samp_kernels.cuda.build")
     units = importlib.import_module("samp_kernels.cuda.units")
-    architecture = units.for_device(capability)
-    if not architecture:
-        return f"no kernels for compute capability {capability}"
-    for unit in units.units_of(architecture):
-        if not (build.folder() / units.cubin_name(unit, architecture)).is_file():
-            return f"no cubin {unit.name} for {architecture}; run: {build.COMMAND}"
+    for unit in units.units_of(here):
+        if not (build.folder() / units.cubin_name(unit, here)).is_file():
+            return f"no cubin {unit.name} for {here}; run: {build.COMMAND}"
     return ""
+
+
+def not_automatic(head_dim: int | None = None) -> str:
+    """Why backend `auto` does not take this one; "" where it does: a GPU that can be used, on whose
+    architecture `make gpu-check` passed with these kernels, and heads that they have."""
+    if emulated():
+        return "emulated kernels are for tests"
+    proven = importlib.import_module("samp_kernels.cuda.proven")
+    if not proven.file().is_file():  # CuPy takes its time to load.
+        return f"{proven.COMMAND} has not passed here"
+    dims = importlib.import_module("samp_kernels.cuda.units").HEAD_DIMS
+    why: str = missing() or proven.unproven(architecture())
+    if not why and head_dim is not None and head_dim not in dims:
+        return f"heads of {head_dim}; it has heads of {', '.join(map(str, dims))}"
+    return why

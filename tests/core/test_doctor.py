@@ -30,6 +30,7 @@ ITEMS = [
     "disk",
     "gpu",
     "cupy",
+    "cuda kernels",
     "compiler",
     "locust",
 ]
