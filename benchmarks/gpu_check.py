@@ -50,9 +50,10 @@ def open_backend(emulate: bool) -> Any:
     from samp_kernels.cuda.backend import CudaBackend
 
     if emulate:
+        import gpu_serving
         from samp_kernels.cuda.emulator import CpuLauncher
 
-        return CudaBackend(CpuLauncher())
+        return CudaBackend(CpuLauncher(gpu_serving.EMULATED))
     from samp_kernels.cuda.launcher import Buffer, CupyLauncher
 
     class Poisoned(CupyLauncher):
@@ -88,7 +89,7 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
     elif name == "encoder":
         report.attempt(name, gpu_checks.check_encoder, backend, emulate)
     elif name == "encoder times":
-        plans = gpu_checks.base_plans()
+        plans = gpu_checks.base_plans(backend)
         report.attempt(name, gpu_peers.time_encoders, backend, gpu_checks.BASE, plans)
     else:
         report.attempt(name, gpu_peers.time_gemms, backend)

@@ -60,8 +60,9 @@ def timed(stream: Any, call: Callable[[], Any], rounds: int = ROUNDS) -> float:
 def time_gemms(report: Any, b: Any) -> None:
     """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest."""
     from samp_kernels.cuda import ops
+    from samp_kernels.cuda.formats import has
     from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for, tiles_of
-    from samp_kernels.interface import Weight
+    from samp_kernels.interface import CODES, Weight
 
     rng, stream, rows_found = np.random.default_rng(0), b.launcher.stream, []
     for rows in (128, 1024, 4096):
@@ -69,12 +70,12 @@ def time_gemms(report: Any, b: Any) -> None:
             if report.left() < 8:
                 print("     products: the rest is left out, out of time", flush=True)
                 break
-            for precision in ("int8", "fp16"):
-                scale = np.ones(n, np.float32) if precision == "int8" else None
-                weight = rng.integers(-127, 128, (n, k))
-                typed = weight.astype(np.int8 if scale is not None else np.float32)
+            for precision in ("int8", "fp16", *(["fp8"] if has("fp8", b.device().sm) else [])):
+                scale = np.ones(n, np.float32) if precision in CODES else None
+                weight = rng.integers(-127, 127, (n, k))  # As codes of e4m3: no NaN.
+                typed = weight.astype(CODES.get(precision, np.float32))
                 packed = b.pack(Weight(typed, scale), precision)
-                x = b.array(rng.integers(-127, 128, (rows, k)), precision)
+                x = b.array(rng.integers(-127, 127, (rows, k)), precision)
                 bias, out = b.array(np.zeros(n)), b.empty(rows, n, "fp16")
                 columns = None if scale is None else b.array(scale)
                 sums, counters = room_for(rows, ops.padded(n))
@@ -92,7 +93,7 @@ def time_gemms(report: Any, b: Any) -> None:
                         )  # fmt: skip
                         call = _launcher(b, one)
                         times[f"{tile}/{splits}"] = timed(stream, call, 10)
-                each = 1 if precision == "int8" else 2
+                each = 1 if precision in CODES else 2
                 product = Product(rows, ops.padded(n), k * each, precision)
                 chosen = choose(product, device.sm, device.multiprocessors, tiled=tiled)
                 best = min(times, key=lambda name: times[name])
@@ -117,7 +118,8 @@ def _launcher(b: Any, one: Any) -> Callable[[], None]:
 
 
 def _torch_product(precision: str, rows: int, n: int, k: int) -> float | None:
-    """torch._int_mm (int32 out) or an fp16 matmul: cuBLASLt without our epilogue."""
+    """torch._int_mm (int32 out), _scaled_mm of e4m3 (fp16 out) or an fp16 matmul: cuBLASLt without
+    our epilogue."""
     try:
         import cupy
         import torch
@@ -130,6 +132,15 @@ def _torch_product(precision: str, rows: int, n: int, k: int) -> float | None:
         return timed(stream, lambda: torch._int_mm(x, w.T), 10)
     a = torch.randn(rows, k, device="cuda", dtype=torch.float16)
     c = torch.randn(n, k, device="cuda", dtype=torch.float16)
+    if precision == "fp8":
+        x8, w8 = a.to(torch.float8_e4m3fn), c.to(torch.float8_e4m3fn)
+        one = torch.ones((), device="cuda")
+        scaled = {"scale_a": one, "scale_b": one, "out_dtype": torch.float16}
+        try:
+            return timed(stream, lambda: torch._scaled_mm(x8, w8.T, **scaled), 10)
+        except (RuntimeError, TypeError) as error:  # A private function, whose form has changed.
+            print(f"     torch._scaled_mm: {error}"[:200], flush=True)
+            return None
     return timed(stream, lambda: a @ c.T, 10)
 
 

@@ -26,7 +26,9 @@ MODEL = "random"
 # (layers, hidden, heads, ffn): of a GPU's check, and of its rehearsal.
 SIZES = {False: (4, 256, 4, 1024), True: (1, 64, 2, 128)}
 # Largest difference of a tier's SCORES from the reference's under the same plan, in float64.
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2}
+TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "int8": 5e-2, "fp8": 0.1}
+# What a rehearsal emulates: the oldest architecture that has every precision.
+EMULATED = "sm_89"
 
 
 def make_checkpoint(folder: Path, sizes: tuple[int, int, int, int], seed: int = 0) -> Path:
@@ -131,18 +133,30 @@ class Model:
         return powers / powers.sum(axis=1, keepdims=True)
 
     def plans(self, cpu: str) -> dict[str, Any]:
-        """A tier of the CPU and three of the GPU: SAMP's float and full modes, FP16 and INT8."""
-        from samp_core.calibrate import scales
+        """A tier of the CPU and three of the GPU: SAMP's float and full modes, FP16 and INT8; and
+        where the GPU has it one of FP8 beside FP16."""
+        from samp_core.calibrate import fp8_scales, scales
+        from samp_core.encoder import quantizable_sites
         from samp_core.generate import on_backend
         from samp_core.plan import Recipe, SitePlan, mode_plan
 
         base = self.bench.base_plan()
         ranges = self.bench.ranges(self.split())
-        scaled = replace(base, scales=scales(ranges, Recipe()))
+        found = {**scales(ranges, Recipe()), **fp8_scales(ranges, Recipe())}
+        scaled = replace(base, scales=found)
         full = mode_plan(scaled, "full", base.layers, self.bench.quantizable(), Recipe())
         half = replace(base, sites=dict.fromkeys(base.sites, SitePlan("fp16")), mode="fp16")
         made = {"exact": base, "half": half, "fast": full}
-        device = on_backend(self.bench, "cuda").device()
+        bench = on_backend(self.bench, "cuda")
+        sites = quantizable_sites(bench.backend, "fp8")
+        if sites:
+            narrow = mode_plan(scaled, "full", base.layers, sites, Recipe(), "fp8")
+            rest = {
+                name: entry if entry.precision == "fp8" else SitePlan("fp16")
+                for name, entry in narrow.sites.items()
+            }
+            made["narrow"] = replace(narrow, sites=rest, mode=None)
+        device = bench.device()
         gpu = {name: replace(p, backend="cuda", device=device) for name, p in made.items()}
         return {"cpu": replace(base, backend=cpu), **gpu}
 
@@ -163,7 +177,7 @@ def serve(report: Report, emulate: bool) -> None:
     from samp_core.server import Server
 
     if emulate:
-        os.environ["SAMP_CUDA"] = "emulated"
+        os.environ["SAMP_CUDA"] = f"emulated:{EMULATED}"
     count = 48 if emulate else 512
     with tempfile.TemporaryDirectory(prefix="samp-gpu-") as folder:
         model = Model(Path(folder), SIZES[emulate], count)
@@ -181,7 +195,7 @@ def serve(report: Report, emulate: bool) -> None:
             report.check("serving, ready", True, ", ".join(server.models))
             call(report, server, model, plans)
             ab(report, server, model)
-            load(report, server, model, seconds=4.0)
+            load(report, server, model, tuple(plans), seconds=4.0)
 
 
 def generate(report: Report, model: Model) -> dict[str, Any]:
@@ -221,7 +235,7 @@ def call(report: Report, server: Any, model: Model, plans: dict[str, Any]) -> No
             wanted = model.scores(plan)
             got = np.array([answer.scores for answer in answers])
             used = {entry.precision for entry in plan.sites.values()}
-            kind = "int8" if "int8" in used else "fp16" if "fp16" in used else "fp32"
+            kind = next(p for p in ("fp8", "int8", "fp16", "fp32") if p in used)
             error = float(np.abs(got - wanted).max())
             most = TOLERANCE[kind]
             name = f"serving, {tier} on {plan.backend}, SCORES of {len(answers)} texts"
@@ -242,7 +256,7 @@ def ab(report: Report, server: Any, model: Model) -> None:
     report.check("serving, A/B of cpu and half", fine, detail)
 
 
-def load(report: Report, server: Any, model: Model, seconds: float) -> None:
+def load(report: Report, server: Any, model: Model, tiers: Sequence[str], seconds: float) -> None:
     """Eight callers that wait for their answers, one tier after another."""
     import grpc
     from closed_loop import METHOD, closed_loop, requests
@@ -250,7 +264,7 @@ def load(report: Report, server: Any, model: Model, seconds: float) -> None:
     found = {}
     with grpc.insecure_channel(server.grpc) as channel:
         ask = channel.unary_unary(METHOD)
-        for tier in ("cpu", "exact", "half", "fast"):
+        for tier in tiers:
             payloads = requests(f"{MODEL}_{tier}", model.texts, 1)
             one = closed_loop(ask, payloads, 8, seconds, 0.3)
             taken = one["latencies_ms"]
@@ -265,17 +279,23 @@ def load(report: Report, server: Any, model: Model, seconds: float) -> None:
 
 
 def search(report: Report) -> None:
-    """`samp build --backend cuda`: plans of fp16 and int8 by this GPU's own latencies."""
+    """`samp build --backend cuda`: plans of fp16, int8 and where it is there fp8, by this GPU's own
+    latencies."""
     from samp_core.build import build
+    from samp_core.encoder import quantizable_sites
+    from samp_core.generate import on_backend
 
     if importlib.util.find_spec("torch") is None:
         report.skip("search", "its cheap scores need torch")
         return
     with tempfile.TemporaryDirectory(prefix="samp-gpu-") as folder:
         model = Model(Path(folder), SIZES[False], 1600)
-        config = model.config.model_copy(
-            update={"backend": "cuda", "out": Path(folder, "search"), "budget_s": 45.0}
-        )
+        fp8 = quantizable_sites(on_backend(model.bench, "cuda").backend, "fp8")
+        settings = {
+            "backend": "cuda", "out": Path(folder, "search"), "budget_s": 45.0,
+            "precisions": ("fp16", "int8", *(("fp8",) if fp8 else ())),
+        }  # fmt: skip
+        config = model.config.model_copy(update=settings)
         made = build(config).report
         report.note("search", {"tiers": made["tiers"], "warnings": made["warnings"]})
         used = ", ".join(f"{row['name']}: {row['plan']}" for row in made["tiers"])

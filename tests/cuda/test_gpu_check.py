@@ -80,6 +80,7 @@ def test_the_script_runs_from_its_files_alone(carried: Path) -> None:
     checks = [c for step in facts["steps"].values() for c in step["checks"]]
     assert len(checks) > 60
     assert all(check["ok"] for check in checks)
+    assert sum("fp8" in check["name"] for check in checks) > 20
 
 
 @needs_compiler
@@ -90,10 +91,10 @@ def test_a_real_triton_serves_its_tiers(carried: Path) -> None:
     assert code == 0, said
     step = facts["steps"]["serving"]
     names = [check["name"] for check in step["checks"]]
-    assert sum("SCORES" in name for name in names) == 4
-    assert sum("load on" in name for name in names) == 4
+    assert sum("SCORES" in name for name in names) == 5
+    assert sum("load on" in name for name in names) == 5
     assert step["ab"]["n"] == 48
-    assert {tier["name"] for tier in step["tiers"]} == {"cpu", "exact", "half", "fast"}
+    assert {tier["name"] for tier in step["tiers"]} == {"cpu", "exact", "half", "fast", "narrow"}
 
 
 def test_without_a_gpu_it_says_so(carried: Path) -> None:
