@@ -196,6 +196,7 @@ def serve(report: Report, emulate: bool) -> None:
             call(report, server, model, plans)
             ab(report, server, model)
             load(report, server, model, tuple(plans), seconds=4.0)
+            locust(report, server, model, tuple(plans))
 
 
 def generate(report: Report, model: Model) -> dict[str, Any]:
@@ -276,6 +277,26 @@ def load(report: Report, server: Any, model: Model, tiers: Sequence[str], second
             detail = f"{len(taken)} answers from 8 callers, {len(one['failures'])} failures"
             report.check(f"serving, load on {tier}", bool(taken) and not one["failures"], detail)
     report.note("load", found)
+
+
+def locust(report: Report, server: Any, model: Model, tiers: Sequence[str]) -> None:
+    """`samp loadtest` over the tiers of the CPU and the GPU side by side, where locust is there."""
+    for package in ("locust", "samp_loadtest"):
+        if importlib.util.find_spec(package) is None:
+            report.skip("locust", f"{package} is not installed")
+            return
+    from samp_loadtest.run import run_loadtest
+
+    mix = dict.fromkeys(tiers, 1.0)
+    found = run_loadtest(
+        server.grpc, mix, users=8, seconds=5.0, texts=model.texts, model=MODEL, warm_s=1.0
+    )
+    report.note("locust", found)
+    for tier in mix:
+        one = found.get(tier, {"requests": 0, "failures": 0})
+        fine = one["requests"] > 0 and not one["failures"]
+        detail = f"{one['requests']} requests of 8 users, {one['failures']} failures"
+        report.check(f"serving, locust on {tier}", fine, detail)
 
 
 def search(report: Report) -> None:

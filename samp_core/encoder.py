@@ -141,7 +141,8 @@ def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
             activation = entry.recipe.activation
         got = f"{site} {entry.precision} {activation}".strip()
         if (op, entry.precision, activation) not in able:
-            allowed = ", ".join(sorted({" ".join(c[1:]).strip() for c in able if c[0] == op}))
+            kinds = {c[1:] for c in able if c[0] == op and c[1] not in ("residual", "outliers")}
+            allowed = ", ".join(sorted(" ".join(kind).strip() for kind in kinds))
             raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
         if activation == "token" and kind not in ("qkv", "ffn_in"):
             # Elsewhere the op that writes the input holds no whole row.

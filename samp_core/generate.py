@@ -15,7 +15,7 @@ from samp_core.config import BuildConfig
 from samp_core.encoder import check_plan
 from samp_core.errors import SampError, UsageError
 from samp_core.plan import Plan, Recipe
-from samp_core.quantize import export_weights
+from samp_core.quantize import export_weights, needed_scales
 from samp_core.repository import TierFiles, build_lock, check_names
 from samp_core.workbench import Progress, Workbench, silent
 
@@ -71,7 +71,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
                     "give that checkpoint as --model, or run samp build for this one",
                 )
             own = benches.setdefault(plan.backend, on_backend(bench, plan.backend))
-            if plan.quantized_sites() and not plan.scales:
+            lacks = any(scale not in plan.scales for scale in needed_scales(plan))
+            if lacks and (config.has_data or not plan.scales):
                 plan = _with_scales(config, own, name, plan)
             try:
                 check_plan(own.backend, own.checkpoint.config, plan)
@@ -150,4 +151,7 @@ def _with_scales(config: GenerateConfig, bench: Workbench, name: str, plan: Plan
 
     whole, narrow = recipes("int8"), recipes("fp8")
     scales = {**calibrate.scales(ranges, whole), **calibrate.fp8_scales(ranges, narrow)}
-    return replace(plan, scales=scales, outliers=calibrate.outliers(ranges, whole))
+    apart = calibrate.outliers(ranges, whole)
+    if plan.scales:  # one was edited from another precision: what it has stays
+        apart = {**apart, **plan.outliers}
+    return replace(plan, scales={**scales, **plan.scales}, outliers=apart)

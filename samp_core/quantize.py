@@ -101,6 +101,20 @@ def export_weights(
     return stored
 
 
+def needed_scales(plan: Plan) -> list[str]:
+    """The static scales that the plan's quantized sites read, by stored name."""
+    found = []
+    for site, entry in plan.sites.items():
+        kind = site.rsplit(".", 1)[1]
+        parts = {"scores": "qk", "context": "pv"}.get(kind)
+        if entry.precision in CODES and parts is not None:
+            found += [f"{site}.{part}_scale" for part in parts]
+        elif entry.recipe is not None and entry.precision in CODES:
+            static = entry.recipe.activation == "static"
+            found += [input_scale(site, entry.precision)] if static else []
+    return found
+
+
 def _scale(plan: Plan, name: str) -> F32:
     if name not in plan.scales:
         raise SampError(

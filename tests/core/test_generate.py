@@ -18,6 +18,7 @@ from samp_core import pipeline
 from samp_core.errors import UsageError
 from samp_core.generate import read_plans
 from samp_core.manifest import read_manifest, verify
+from samp_core.tensors import load_tensors
 
 Json = dict[str, Any]
 TIERS = {"high": {"drop": 5}, "fast": {"latency": 50}}
@@ -182,6 +183,47 @@ def test_the_plan_of_another_checkpoint(built: Path, tmp_path: Path) -> None:
     assert sha[:12] in line
     assert str(other) in line
     assert not (tmp_path / "out" / "current").exists()
+
+
+def test_an_int8_plan_edited_to_fp8(built: Path, tmp_path: Path) -> None:
+    """Its int8 scales stay; those of fp8 come from data, and fp8 is what is stored and runs."""
+    sites = ("layer.0.ffn_in", "layer.1.qkv")
+
+    def change(plan: Json) -> None:
+        plan["backend"], plan["mode"] = "reference", None
+        for site in sites:
+            plan["sites"][site] = {"precision": "fp8", "recipe": {}}
+        plan["sites"]["layer.0.out"] = {"precision": "int8", "recipe": {}}
+
+    mine = edited(built, tmp_path / "mine.json", change)
+    line = error(generate(tmp_path / "out", mine))
+    assert "layer.0.ffn_in.fp8_input_scale" in line
+    assert "--data" in line
+    done = generate(tmp_path / "out", mine, more=("--data", small().data))
+    assert done.code == 0, done.err
+    file = plan_file(tmp_path / "out", "mine")
+    scales = json.loads(file.read_text())["scales"]
+    before = json.loads(mine.read_text())["scales"]
+    assert {name: scales[name] for name in before} == before
+    for site in sites:  # the same data: calibrated by minmax over 448 in place of 127
+        made = scales[f"{site}.fp8_input_scale"] * 448
+        assert made == pytest.approx(before[f"{site}.input_scale"] * 127, rel=1e-6)
+    stored = load_tensors(file.with_name("weights.safetensors"))
+    assert {n for n, t in stored.items() if t.dtype == np.uint8} == {f"{s}.weight" for s in sites}
+    texts = [row["text"] for row in small().rows[100:140]]
+    served = pipeline.load(tmp_path / "out", "mine")
+    exact = pipeline.load(tmp_path / "out", "exact").logits(texts)
+    off = np.abs(served.logits(texts) - exact).max()
+    assert 1e-4 < off < 2.0
+    ran = served.session.executed()
+    assert {ran[site] for site in sites} == {"fp8"}
+    assert ran["layer.0.out"] == "int8"
+    on_cpu = json.loads(mine.read_text()) | {"backend": "onednn"}
+    other = tmp_path / "cpu.json"
+    other.write_text(json.dumps(on_cpu))
+    done = generate(tmp_path / "cpu", other, more=("--data", small().data))
+    assert done.code == 1
+    assert "onednn gemm: layer.0.ffn_in fp8 static; allowed: fp32" in done.err.splitlines()[-1]
 
 
 def test_scales_are_calibrated_from_data(built: Path, tmp_path: Path) -> None:

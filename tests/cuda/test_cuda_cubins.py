@@ -23,6 +23,7 @@ from samp_kernels.cuda.units import (
 )
 from samp_kernels.interface import KernelError
 
+MMA = r"\b([IHQ]G?MMA\.[0-9x]+(?:\.F32\.(?:BF16|E4M3))?)"
 needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor nvcc")
 
 
@@ -64,7 +65,7 @@ def test_sass(architecture: str, unit: str, cubins: dict[tuple[str, str], Path])
     if not find_disassembler():
         pytest.skip("no nvdisasm (package nvidia-cuda-nvdisasm)")
     text = disassembled(path)
-    found = set(re.findall(r"\b([IHQ]G?MMA\.[0-9x]+(?:\.F32\.(?:BF16|E4M3))?)", text))
+    found = set(re.findall(MMA, text))
     assert found == meant(unit, architecture)
     assert not re.search(r"\b(LDL|STL)\b", text), "a value lives in local memory"
     if "wgmma" in unit:
@@ -80,6 +81,33 @@ def test_sass(architecture: str, unit: str, cubins: dict[tuple[str, str], Path])
     registers = {kernel: int(count, 16) for kernel, count in re.findall(note, text, re.S)}
     assert set(registers) == set(units_by_name()[unit].kernels)
     assert max(registers.values()) <= most_registers(unit, architecture)
+
+
+@pytest.mark.skipif(not build.find_nvcc(), reason="no nvcc")
+@pytest.mark.parametrize(
+    ("architecture", "unit"),
+    [
+        ("sm_75", "rows"),
+        ("sm_75", "gemm_int8_64x64"),
+        ("sm_80", "gemm_bf16_128x128"),
+        ("sm_86", "attention_int8_fp16_64"),
+        ("sm_89", "gemm_fp8_16x64"),
+        ("sm_90a", "gemm_fp8_wgmma_64x128"),
+    ],
+)
+def test_nvcc_where_nvrtc_is_not(
+    architecture: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fallback gives the same instructions."""
+    monkeypatch.setattr(build, "nvrtc", lambda: None)
+    assert build.compiler().startswith("nvcc ")
+    path = tmp_path / "made.cubin"
+    path.write_bytes(build.compile_unit(units_by_name()[unit], architecture))
+    assert path.read_bytes()[:4] == b"\x7fELF"
+    if find_disassembler():
+        text = disassembled(path)
+        assert set(re.findall(MMA, text)) == meant(unit, architecture)
+        assert not re.search(r"\b(LDL|STL)\b", text)
 
 
 def meant(unit: str, architecture: str) -> set[str]:

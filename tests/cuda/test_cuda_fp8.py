@@ -30,7 +30,7 @@ LENGTHS = (7, 1, 12, 30, 3)
 # Largest and mean difference in states of size 1 to 4 from float64 under the same plan. Beside fp32
 # the two round to the same e4m3 numbers. A float of 16 bits lets many fall to the neighbour, a step
 # of up to an eighth: the plans differ from the float model by 0.05 to 0.08 in the mean.
-TOLERANCE = {"fp32": (2e-3, 2e-5), "fp16": (0.4, 0.045), "bf16": (0.5, 0.06), "int8": (0.5, 0.06)}
+TOLERANCE = {"fp32": (1e-4, 2e-5), "fp16": (0.4, 0.045), "bf16": (0.5, 0.06), "int8": (0.5, 0.06)}
 FLOAT16 = dict.fromkeys(SITES, "fp16")
 FP8 = dict.fromkeys(GEMM_SITES, "fp8")
 PLANS: dict[str, dict[str, str]] = {
