@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def _with_scales(config: GenerateConfig, bench: Workbench, name: str, plan: Plan
 
     whole, narrow = recipes("int8"), recipes("fp8")
     scales = {**calibrate.scales(ranges, whole), **calibrate.fp8_scales(ranges, narrow)}
-    apart = calibrate.outliers(ranges, whole)
+    apart: dict[str, Sequence[int]] = {**calibrate.outliers(ranges, whole)}
     if plan.scales:  # one was edited from another precision: what it has stays
         apart = {**apart, **plan.outliers}
     return replace(plan, scales={**scales, **plan.scales}, outliers=apart)

@@ -14,12 +14,12 @@ import pytest
 import samp_kernels.cuda
 from emulated import needs_compiler
 from safetensors import safe_open
-from samp_kernels.interface import UnsupportedPrecision, pack_batch
+from samp_kernels.interface import GEMM_SITES, SITES, UnsupportedPrecision, pack_batch
 from separable import make_small
 
 from samp_core import costs
 from samp_core.build import build
-from samp_core.chain import Node, choice_of
+from samp_core.chain import Node, chain, choice_of
 from samp_core.config import load_config
 from samp_core.costs import CostTable
 from samp_core.encoder import load_session
@@ -27,7 +27,7 @@ from samp_core.errors import SampError, UsageError
 from samp_core.explain import explain
 from samp_core.generate import GenerateConfig, generate
 from samp_core.manifest import read_manifest
-from samp_core.plan import Plan, SitePlan
+from samp_core.plan import Plan, Recipe, SitePlan
 from samp_core.report import render
 from samp_core.report_facts import read_facts
 from samp_core.report_figure import PRECISION_COLOURS
@@ -177,6 +177,23 @@ def test_fp8_is_a_precision_like_any_other(tmp_path: Path, monkeypatch: pytest.M
         load_session(place)
     with pytest.raises(UsageError, match=r"fp8 on backend cuda.*fp32, fp16, bf16, int8"):
         build(config)
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("strategy", ["samp", "greedy", "lower-loss"])
+def test_every_strategy_knows_fp8(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAMP_CUDA", "emulated:sm_89")
+    samp_kernels.cuda.missing.cache_clear()
+    nodes = chain(1, SITES, Recipe(), ("fp16",), GEMM_SITES)
+    costs.measured(None, None, nodes)  # type: ignore[arg-type]  # samp asks for none
+    config = settings(tmp_path, strategy=strategy, precisions="fp16,int8,fp8")
+    build(config)
+    record = json.loads((read_manifest(config.folder).folder / "build.json").read_text())
+    timed = {c["name"]: c["latency_ms"] for c in record["candidates"]}
+    assert timed["fp8"] == pytest.approx(0.1 + 4 * MS["fp8"] + MS["fp16"])
+    assert timed["fp16"] == pytest.approx(0.1 + 5 * MS["fp16"])
 
 
 @pytest.mark.usefixtures("device")
