@@ -4,15 +4,10 @@ the bundle (gpu_bundle.py) that this file lies in."""
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = {
@@ -25,8 +20,7 @@ BUNDLE = ROOT / "bundle"
 
 
 def import_packages() -> None:
-    """Put them on sys.path and on PYTHONPATH, where Triton's model processes find them. A scipy of
-    one function stands in where there is none: reference.py takes erf from it."""
+    """Put them on sys.path and on PYTHONPATH, where Triton's model processes find them."""
     links = {n: p for n, p in LINKS.items() if importlib.util.find_spec(n) is None}
     if links:
         place = os.environ.get("SAMP_LINKS") or tempfile.mkdtemp(prefix="samp-links-")
@@ -35,10 +29,6 @@ def import_packages() -> None:
             if (ROOT / folder).is_dir() and not os.path.lexists(Path(place, name)):
                 os.symlink(ROOT / folder, Path(place, name))
         add_path(place)
-    if importlib.util.find_spec("scipy") is None:
-        special: Any = types.ModuleType("scipy.special")
-        special.erf = np.vectorize(math.erf, otypes=[float])
-        sys.modules["scipy"], sys.modules["scipy.special"] = types.ModuleType("scipy"), special
 
 
 def add_path(folder: str) -> None:

@@ -244,13 +244,15 @@ def call(report: Report, server: Any, model: Model, plans: dict[str, Any]) -> No
 
 
 def ab(report: Report, server: Any, model: Model) -> None:
-    """`samp ab` between the CPU's tier and a GPU's, at both ends of a promise of two points."""
+    """`samp ab` between the CPU's tier and a GPU's, at both ends of a promise of two points; without
+    a promise where no scipy is, which says how many texts one would take."""
     from samp_client import connect
 
     from samp_core.ab import compare
 
     with connect(server.grpc) as client:
-        found = compare(client, model.rows, "cpu", "half", promise_points=2.0)
+        promise = 2.0 if importlib.util.find_spec("scipy") else None
+        found = compare(client, model.rows, "cpu", "half", promise_points=promise)
     report.note("ab", {k: found[k] for k in ("n", "agreement", "verdict", "latency_ms")})
     fine = found["n"] == len(model.texts) and found["agreement"] >= 0.95
     detail = f"{found['n']} texts, agreement {found['agreement']:.3f}, {found['verdict']}"
@@ -306,9 +308,10 @@ def search(report: Report) -> None:
     from samp_core.encoder import quantizable_sites
     from samp_core.generate import on_backend
 
-    if importlib.util.find_spec("torch") is None:
-        report.skip("search", "its cheap scores need torch")
-        return
+    for package in ("torch", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            report.skip("search", f"it needs {package}, which is not installed")
+            return
     with tempfile.TemporaryDirectory(prefix="samp-gpu-") as folder:
         model = Model(Path(folder), SIZES[False], 1600)
         fp8 = quantizable_sites(on_backend(model.bench, "cuda").backend, "fp8")

@@ -8,6 +8,7 @@ summed in int64, so that they are exact for any size, those of E4M3 in float64.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,7 +33,11 @@ from samp_kernels.interface import (
     check_kept,
     check_weight,
 )
-from scipy.special import erf
+
+try:
+    from scipy.special import erf
+except ModuleNotFoundError:  # The same function, a number at a time.
+    erf = np.vectorize(math.erf, otypes=[float])
 
 _PRECISIONS = ("fp32", "int8")
 
