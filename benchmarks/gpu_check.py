@@ -38,11 +38,12 @@ STEPS = {
     "encoder": 70.0,
     "encoder times": 150.0,
     "serving": 120.0,
+    "table": 60.0,
     "search": 90.0,
     "product times": 60.0,
     "sanitizer": 100.0,
 }
-EMULATED = ("ops", "encoder", "serving")
+EMULATED = ("ops", "encoder", "serving", "table")
 
 
 def open_backend(emulate: bool) -> Any:
@@ -71,6 +72,11 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
         import gpu_serving
 
         report.attempt(name, gpu_serving.serve, emulate)
+        return
+    if name == "table":
+        import gpu_table
+
+        report.attempt(name, gpu_table.table, emulate)
         return
     if name == "search":
         import gpu_serving

@@ -244,8 +244,8 @@ def call(report: Report, server: Any, model: Model, plans: dict[str, Any]) -> No
 
 
 def ab(report: Report, server: Any, model: Model) -> None:
-    """`samp ab` between the CPU's tier and a GPU's, at both ends of a promise of two points; without
-    a promise where no scipy is, which says how many texts one would take."""
+    """`samp ab` between the CPU's tier and a GPU's, at both ends of a promise of two points; none
+    where no scipy is, which says how many texts a promise would take."""
     from samp_client import connect
 
     from samp_core.ab import compare

@@ -97,6 +97,21 @@ def test_a_real_triton_serves_its_tiers(carried: Path) -> None:
     assert {tier["name"] for tier in step["tiers"]} == {"cpu", "exact", "half", "fast", "narrow"}
 
 
+@needs_compiler
+def test_samps_table(carried: Path) -> None:
+    code, facts, said = check(carried, "--emulate", "--only", "table")
+    assert code == 0, said
+    rows = {row["plan"]: row for row in facts["steps"]["table"]["table"]["rows"]}
+    assert set(rows) == {
+        "float", "fp16", "ffn_only int8", "full int8", "ffn_only fp8", "full fp8",
+    }  # fmt: skip
+    assert rows["float"]["agreement"] == 1.0
+    assert rows["float"]["accuracy"] == 1.0  # its labels are float's own answers
+    losses = [rows[name]["kl"] for name in ("fp16", "ffn_only int8", "ffn_only fp8", "full fp8")]
+    assert all(loss > rows["float"]["kl"] for loss in losses)
+    assert rows["full fp8"]["kl"] > rows["fp16"]["kl"]
+
+
 def test_without_a_gpu_it_says_so(carried: Path) -> None:
     if importlib.util.find_spec("cupy") is not None:
         pytest.skip("CuPy is here")
