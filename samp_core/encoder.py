@@ -34,7 +34,7 @@ from samp_kernels.interface import (
 from samp_core.backends import open_backend as open_backend
 from samp_core.errors import SampError
 from samp_core.order import restore_order, round_up, sort_by_length
-from samp_core.plan import HALVES, Plan
+from samp_core.plan import HALVES, TOKEN_SITES, Plan
 from samp_core.tensors import load_tensors
 
 Observer = Callable[[str, Any], None]
@@ -144,8 +144,7 @@ def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
             kinds = {c[1:] for c in able if c[0] == op and c[1] not in ("residual", "outliers")}
             allowed = ", ".join(sorted(" ".join(kind).strip() for kind in kinds))
             raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
-        if activation == "token" and kind not in ("qkv", "ffn_in"):
-            # Elsewhere the op that writes the input holds no whole row.
+        if activation == "token" and kind not in TOKEN_SITES:
             allowed = "a scale per token at qkv and ffn_in only"
             raise UnsupportedPrecision(f"{backend.name} {op}", got, allowed)
         outliers = entry.recipe.outliers if entry.recipe is not None else 0

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_a_step_that_dies_keeps_what_it_found(
     assert found["exit_status"] == -6
     assert [check["name"] for check in found["checks"]] == ["one"]
     assert "left_out" in benchmarks("gpu_check").one_step("ops", 3.0, False)
+
+
+def test_the_whole_ends_within_eight_minutes(benchmarks: Any) -> None:
+    """A step is stopped at its limit or where the budget ends, with all that it started."""
+    script = benchmarks("gpu_check")
+    assert script.BUDGET_S + 15 <= 8 * 60
+    assert max(script.STEPS.values()) < script.BUDGET_S
+    begun = time.monotonic()
+    child = "import subprocess, sys; print('here', flush=True); subprocess.run(['sleep', '60'])"
+    code, said = script.run([sys.executable, "-c", child], 2.0)
+    assert code is None
+    assert said == "here\n", "its output ended only when its own child had ended, too"
+    assert time.monotonic() - begun < 30
+    assert script.one_step("ops", 14.0, False)["left_out"] == {"ops": "out of time"}
 
 
 def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
