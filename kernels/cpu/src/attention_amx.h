@@ -1,5 +1,8 @@
 // The two products of int8 attention on AMX tiles, for a stripe of up to 16 queries. Included by
-// attention.h. `high` is the queries of a stripe, all rows of a tile. Tiles 4 and 6 are queries and keys (`deep` bytes of dims), 5 and 7 probabilities and values.
+// attention.h.
+//
+// `high` is the queries of a stripe, all rows of a tile. Tiles 4 and 6 are queries and keys (`deep`
+// bytes of dims), 5 and 7 probabilities and values.
 
 SAMP_INLINE void shape_attention(int high, int deep) {
   shape_tiles({high, high, high, high, high, high, deep / 4, 16}, {deep, 64, 64, 64});
