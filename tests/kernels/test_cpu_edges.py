@@ -32,6 +32,7 @@ def test_a_locked_page_ends_the_process() -> None:
     here = Path(__file__).parent
 
     code = (
+        "import sys\nsys.path.append('..')\n"
         "from native import locked\nimport numpy as np\nx = locked(np.zeros({n}, np.uint8){more})\n"
         "import ctypes\nprint(x.sum())\nctypes.string_at(x.ctypes.data + {at}, 1)\nprint('alive')"
     )
