@@ -90,7 +90,7 @@ def serve(
         names = ", ".join(name for name in server.models if not name.startswith(parts))
         show.out.print(
             f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
-            f"metrics http://{server.metrics}/metrics  pid {server.pid}\ntiers: {names}",
+            f"metrics http://{server.metrics}/metrics  Triton pid {server.pid}\ntiers: {names}",
             soft_wrap=True,
         )
 
@@ -170,7 +170,8 @@ def _activate(
         )
     if not made["servers"]:
         show.out.print("no server runs on it; the next samp serve takes it", soft_wrap=True)
-    show.out.print(f"current: {made['build']}, before {made['before']}", soft_wrap=True)
+    before = f", before {made['before']}" if made["before"] != made["build"] else ""
+    show.out.print(f"current: {made['build']}{before}", soft_wrap=True)
 
 
 def status(
