@@ -34,6 +34,8 @@ _UNSENT = re.compile(
 )
 # Comes again with every attempt.
 _TLS = re.compile(r"handshake|certificate|peer name|ssl_|wrong_version", re.IGNORECASE)
+# A server that wants a header, over HTTP or gRPC.
+_RESTRICTED = re.compile(r"is restricted, expecting header '([^']+)'")
 
 
 class ClientError(Exception):
@@ -130,6 +132,9 @@ def from_status(status: str | None, message: str, what: str) -> ClientError:
     """
     code = (status or "").removeprefix("StatusCode.")
     given = f"{what} answered: {message.strip() or 'nothing'}"
+    if header := _RESTRICTED.search(message):
+        fix = f"send it: headers={{{header[1]!r}: ...}}, or --header {header[1]}=..."
+        return BadRequest(given, fix=fix)
     if code in _TIMED_OUT:
         return DeadlineExceeded(given, fix="allow more time with timeout_s, or send less at once")
     if code in _AWAY:

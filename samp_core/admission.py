@@ -33,6 +33,9 @@ _MEAN_ROWS = 512
 LEAST_ROWS = 2 * MAX_BATCH
 # So many may wait whatever is in them: our clients send no more of a file at once by default.
 LEAST_REQUESTS = 16
+# Refusals alone leave the tokenizer at most once in so long: handing a batch over takes Triton and
+# the model five times the work of one more refusal in it.
+REFUSE_EVERY_S = 0.005
 # What was sent so long before the queue was empty is not in it, wherever it went.
 _ON_THE_WAY_S = 0.25
 # Triton hands over what waits as soon as a batch has ended. A pause of so long, and then a batch
@@ -113,24 +116,25 @@ class Gate:
         self.limit_s = limit_s
         self._share = share
         self._sent: deque[tuple[float, float]] = deque()  # when, rows
-        self._waiting = 0.0
+        self._waiting = self._rate = self._now = 0.0
         self._taken = progress.taken
         self._starts = progress.starts
 
     def admit(self, rows: int) -> float | None:
         """None, and the rows count as sent; or the seconds of work that wait already: refuse."""
-        now = time.monotonic()
-        self._settle(now)
         many = len(self._sent) >= self._share * LEAST_REQUESTS
-        if many and self._waiting >= self._share * LEAST_ROWS:
-            rate = self._share * self._progress.rate
-            if rate > 0 and self._waiting / rate >= self.limit_s:
-                return self._waiting / rate
-        self._sent.append((now, rows))
+        if many and self._waiting >= self._share * LEAST_ROWS and self._rate > 0:
+            waits_s = self._waiting / self._rate
+            if waits_s >= self.limit_s:
+                return waits_s
+        self._sent.append((self._now, rows))
         self._waiting += rows
         return None
 
-    def _settle(self, now: float) -> None:
+    def settle(self) -> None:
+        """See how far the encoder is: once for all requests that came together."""
+        self._now = now = time.monotonic()
+        self._rate = self._share * self._progress.rate
         starts, taken = self._progress.starts, self._progress.taken
         if starts != self._starts:  # what was sent to the process before this one is not known
             self._sent.clear()
@@ -151,6 +155,40 @@ class Gate:
             self._waiting = 0.0
 
 
+class Gates:
+    """Those of one tokenizer process: the output that a tier asks for -> its gate."""
+
+    def __init__(self, gates: Mapping[str, Gate]) -> None:
+        self._gates = dict(gates)
+        self._refused_at = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._gates)
+
+    def __contains__(self, output: str) -> bool:
+        return output in self._gates
+
+    def limit_s(self, output: str) -> float:
+        return self._gates[output].limit_s
+
+    def admit(self, requests: Sequence[tuple[str, int] | None]) -> list[float | None]:
+        """The output and the rows of each request that came; None: not of a tier, it passes.
+
+        As Gate.admit for each. Where the batch is of tiers that are full, and of nothing else, it
+        is held until the last one of that kind is long enough ago.
+        """
+        for name in {request[0] for request in requests if request is not None}:
+            self._gates[name].settle()
+        waits = [None if one is None else self._gates[one[0]].admit(one[1]) for one in requests]
+        full = {one[0] for one, wait in zip(requests, waits, strict=True) if one and wait}
+        if full and all(one is not None and one[0] in full for one in requests):
+            early = self._refused_at + REFUSE_EVERY_S - time.monotonic()
+            if early > 0:
+                time.sleep(early)
+            self._refused_at = time.monotonic()
+        return waits
+
+
 def progress(args: Mapping[str, str]) -> Progress | None:
     """For an encoder to write. Each instance has its slot, and the copy that is loaded beside a
     model during an activation writes into the same.
@@ -162,8 +200,8 @@ def progress(args: Mapping[str, str]) -> Progress | None:
     return made
 
 
-def gates(args: Mapping[str, str], outputs: Sequence[str]) -> dict[str, Gate]:
-    """For a tokenizer: the output that a tier asks for -> its gate. `args` are Triton's."""
+def gates(args: Mapping[str, str], outputs: Sequence[str]) -> Gates:
+    """For a tokenizer. `args` are Triton's."""
     config = json.loads(args["model_config"])
     limit_s = float(config["parameters"].get("queue_s", {}).get("string_value", QUEUE_S))
     instances = sum(group["count"] for group in config["instance_group"])
@@ -174,7 +212,7 @@ def gates(args: Mapping[str, str], outputs: Sequence[str]) -> dict[str, Gate]:
             read = _open(f"encoder_{model}_{name.removeprefix(OF_TIER)}")
             if read is not None:
                 found[name] = Gate(read, limit_s, 1 / instances)
-    return found
+    return Gates(found)
 
 
 def _open(encoder: str, slot: int = 0) -> Progress | None:

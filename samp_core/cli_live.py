@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,13 @@ def serve(
     watch: Annotated[
         bool, typer.Option("--watch", help="Load a folder's new build when it becomes current.")
     ] = False,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="HTTP: inference, and what changes the server, only with the first line of this "
+            "file as header samp-key."
+        ),
+    ] = None,
     otlp: Annotated[
         str | None, typer.Option(help="Send OpenTelemetry traces to this collector over HTTP.")
     ] = None,
@@ -44,6 +52,7 @@ def serve(
 ) -> None:
     """Start Triton on one or several builds and print its addresses; Ctrl-C stops it."""
     from samp_core import show
+    from samp_core.control import guard
     from samp_core.serve_loop import serve_forever
     from samp_core.server import Server
     from samp_core.stage import Layout
@@ -54,6 +63,8 @@ def serve(
     options = folders[end:]
     if otlp is not None:
         options += tracing(otlp, otlp_every)
+    if key_file is not None:
+        options.append(guard(read_key(key_file)))
     if not folders[:end]:
         raise UsageError("usage", "no folder", "a build's output folder", "name one")
     if not as_json:
@@ -79,13 +90,27 @@ def serve(
         names = ", ".join(name for name in server.models if not name.startswith(parts))
         show.out.print(
             f"ready: gRPC {server.grpc}  HTTP http://{server.http}  "
-            f"metrics http://{server.metrics}/metrics  pid {server.pid}\ntiers: {names}",
+            f"metrics http://{server.metrics}/metrics  Triton pid {server.pid}\ntiers: {names}",
             soft_wrap=True,
         )
 
     serve_forever(server, ready, watch=watch)
     if not as_json:
         show.err.print("stopped")
+
+
+def read_key(path: Path) -> str:
+    """The first line of a file. UsageError for a key that no header can carry."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    key = lines[0].strip() if lines else ""
+    if not re.fullmatch(r"[\x21-\x7e]{8,256}", key):
+        raise UsageError(
+            "bad_key",
+            f"{path}: a first line of {len(key)} characters",
+            "8 to 256 printable ASCII characters without blanks",
+            f"openssl rand -hex 16 > {path}",
+        )
+    return key
 
 
 def tracing(url: str, every: int) -> list[str]:
@@ -145,7 +170,8 @@ def _activate(
         )
     if not made["servers"]:
         show.out.print("no server runs on it; the next samp serve takes it", soft_wrap=True)
-    show.out.print(f"current: {made['build']}, before {made['before']}", soft_wrap=True)
+    before = f", before {made['before']}" if made["before"] != made["build"] else ""
+    show.out.print(f"current: {made['build']}{before}", soft_wrap=True)
 
 
 def status(

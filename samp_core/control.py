@@ -9,8 +9,8 @@ import json
 import os
 import re
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _HARMLESS = re.compile(
     r"pinned system memory|CUDA memory pool disabled|CudaDriverHelper|NVML|DCGM|CUDA driver version"
 )
 _ERROR_LINE = re.compile(r"(?:[EF]\d{4} [\d:.]+ +\d+ \S+\] *|[Ee]rror: |ERROR: )(.*)")
+KEY_HEADER = "samp-key"
 _LISTEN = "0A"
 _TAKEN = re.compile(r"Socket '[^']*:(\d+)' already in use")
 _RAISED = re.compile(r"(?:Internal: )?(?:SampError: )?(.*?)(?:\n\nAt:|$)", re.S)
@@ -32,10 +33,14 @@ class ControlError(Exception):
 
 @dataclass(frozen=True)
 class Control:
-    """The control calls of the server at `address` ("host:port")."""
+    """The control calls of the server at `address` ("host:port").
+
+    headers: what a server that restricts them wants to see (`restricted`).
+    """
 
     address: str
     timeout_s: float = 180.0
+    headers: Mapping[str, str] = field(default_factory=dict)
 
     def index(self) -> dict[str, dict[str, str]]:
         """model -> {state, reason}; without a state where it was never loaded."""
@@ -72,9 +77,31 @@ class Control:
         connection = http.client.HTTPConnection(self.address, timeout=self.timeout_s)
         with contextlib.closing(connection):
             body = json.dumps(sent or {}).encode() if method == "POST" else None
-            connection.request(method, path, body=body)
+            connection.request(method, path, body=body, headers=dict(self.headers))
             response = connection.getresponse()
             return response.status, response.read()
+
+
+def guard(key: str) -> str:
+    """Triton's option by which inference over HTTP, where a JSON shape takes memory before it is
+    checked, and HTTP calls that change the server want the header KEY_HEADER: `key`.
+    """
+    calls = "inference,shared-memory,model-repository,trace,logging"
+    return f"--http-restricted-api={calls}:{KEY_HEADER}={key}"
+
+
+def restricted(options: Sequence[str]) -> dict[str, str]:
+    """The headers that these options of Triton make its HTTP interface ask for."""
+    headers = {}
+    for index, word in enumerate(options):
+        name, given, value = word.partition("=")
+        if name != "--http-restricted-api":
+            continue
+        if not given:
+            value = next(iter(options[index + 1 :]), "")
+        header, _, wanted = value.partition(":")[2].partition("=")
+        headers[header] = wanted
+    return headers
 
 
 def listens(pid: int, port: int) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from samp_core.control import (
     port_in_log,
     raised_text,
     relevant_line,
+    restricted,
     stubs,
     taken_port,
 )
@@ -75,6 +76,7 @@ class Server:
         host: str,
         ports: Sequence[int],
         log: Path,
+        headers: Mapping[str, str],
     ) -> None:
         host = LOOPBACK if host == "0.0.0.0" else host
         self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
@@ -83,7 +85,7 @@ class Server:
         self._builds: dict[Path, Manifest] = {}
         self._holds: dict[Path, dict[Path, int]] = {}  # folder -> build -> descriptor
         self._view: dict[str, Spec] = {}
-        self._control = Control(self.http)
+        self._control = Control(self.http, headers=headers)
         self._process = process
         self._regions = regions
         self._stage = stage
@@ -223,7 +225,7 @@ class Server:
                 "a log file that can be written and a Triton that can be run",
                 "choose another log file, or install Triton again",
             ) from None
-        return cls(process, regions, stage, host, ports, log)
+        return cls(process, regions, stage, host, ports, log, restricted(triton))
 
     def _wait_ready(self, models: Sequence[str]) -> None:
         """Return when all of `models` are READY; raise for the first, in load order, that is not.
@@ -371,8 +373,9 @@ class Server:
         addresses = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics}
         builds = {str(out): build for out, build in self.builds.items()}
         loaded = {"models": self.models, "tiers": self._tiers, "log": str(self.log)}
+        headers = {"headers": dict(self._control.headers)}
         self._regions.describe(
-            {**self._facts, **addresses, "triton": self.pid, "builds": builds, **loaded}
+            {**self._facts, **addresses, "triton": self.pid, "builds": builds, **loaded, **headers}
         )
 
     @property

@@ -18,12 +18,13 @@ import numpy as np
 from samp_kernels.interface import F32, Array, EncoderConfig, OutputKind, Session, pack_batch
 
 from samp_core import admission
+from samp_core.admission import Gates
 from samp_core.manifest import check_folder
 from samp_core.model_config import OF_TIER
 from samp_core.windows import Windows
 
 if TYPE_CHECKING:
-    from samp_core.admission import Gate, Progress
+    from samp_core.admission import Progress
     from samp_core.heads import Head
     from samp_core.meters import Meters
     from samp_core.rows import Text
@@ -69,7 +70,7 @@ class Tokenizer:
     inputs: tuple[str, ...] = ("TEXT",)
     places: bool = False
     meters: Meters | None = None
-    gates: Mapping[str, Gate] = field(default_factory=dict)
+    gates: Gates = field(default_factory=lambda: Gates({}))
 
     @classmethod
     def load(cls, folder: Path, args: Mapping[str, str], meters: Meters | None = None) -> Tokenizer:
@@ -82,22 +83,36 @@ class Tokenizer:
         gates = admission.gates(args, outputs)
         return cls(TextEncoder.load(folder), inputs, "OFFSETS" in outputs, meters, gates)
 
-    def admit(self, backend: Any, request: Any) -> Overloaded | str | None:
-        """The name that the request's tier has for LENGTHS; None: not called by a tier.
+    def admit(self, backend: Any, requests: Sequence[Any]) -> list[Overloaded | str | None]:
+        """For each request the name that its tier has for LENGTHS; None: not called by a tier.
 
         What would wait too long for that tier's encoder is refused, before its text is looked at.
         """
-        asked = request.requested_output_names() if self.gates else ()
+        if not self.gates:
+            return [None] * len(requests)
+        asked: list[tuple[str, int] | None] = []
+        for request in requests:
+            name = self._tier_asked(request)
+            if name is None:
+                asked.append(None)
+                continue
+            text = backend.get_input_tensor_by_name(request, self.inputs[0])
+            asked.append((name, text.shape()[0]))
+        admitted: list[Overloaded | str | None] = []
+        for one, waits_s in zip(asked, self.gates.admit(asked), strict=True):
+            if one is not None and waits_s is not None:
+                tier = one[0].removeprefix(OF_TIER)
+                admitted.append(Overloaded(tier, waits_s, self.gates.limit_s(one[0])))
+            else:
+                admitted.append(None if one is None else one[0])
+        return admitted
+
+    def _tier_asked(self, request: Any) -> str | None:
+        """The output by which a request says that a tier sent it."""
+        asked = request.requested_output_names()
         if "LENGTHS" in asked:
             return None
-        for name in asked:
-            if gate := self.gates.get(name):
-                text = backend.get_input_tensor_by_name(request, self.inputs[0])
-                waits_s = gate.admit(text.shape()[0])
-                if waits_s is not None:
-                    return Overloaded(name.removeprefix(OF_TIER), waits_s, gate.limit_s)
-                return str(name)
-        return None
+        return next((str(name) for name in asked if name in self.gates), None)
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All texts of all requests in one call of the tokenizer."""
@@ -371,18 +386,18 @@ def execute(
     inputs: Sequence[str],
     run: Callable[[Sequence[Inputs]], list[Outputs | RequestError]],
     meters: Meters | None = None,
-    admit: Callable[[Any, Any], Overloaded | str | None] | None = None,
+    admit: Callable[[Any, Sequence[Any]], list[Overloaded | str | None]] | None = None,
 ) -> list[Any]:
     """One response for each request, in order. `backend` is triton_python_backend_utils.
 
-    What `run` raises fails the requests of this batch, never the process. `admit` may refuse a
-    request, which is then not read, and says what LENGTHS is to be called in the response.
+    What `run` raises fails the requests of this batch, never the process. `admit` may refuse
+    requests, which are then not read, and says what LENGTHS is to be called in each response.
     """
     results: Sequence[Outputs | Exception]
     admitted: list[Overloaded | str | None] = [None] * len(requests)
     try:
         if admit is not None:
-            admitted = [admit(backend, request) for request in requests]
+            admitted = admit(backend, requests)
         wrong: list[RequestError | None] = []
         good: list[Inputs] = []
         for request, entry in zip(requests, admitted, strict=True):

@@ -46,7 +46,8 @@ def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     """A table on stdout, wide enough for its cells where stdout is no terminal."""
     made = Table(header_style="bold")
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="left" if index < 2 else "right", no_wrap=index == 0)
+        words = index == 0 or (index == 1 and any(isinstance(row[1], str) for row in rows))
+        made.add_column(heading, justify="left" if words else "right", no_wrap=index == 0)
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
     console = out if out.is_terminal else Console(highlight=False, width=170)

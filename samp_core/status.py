@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def status(target: str | None = None, *, probe: bool = True) -> list[dict[str, A
 
 def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
     """`facts` as Server.describe wrote them, or the address of HTTP alone."""
-    control = Control(facts["http"], timeout_s=10.0)
+    control = Control(facts["http"], timeout_s=10.0, headers=facts.get("headers", {}))
     try:
         index = control.index()
         version = control.get("/v2")["version"]
@@ -174,7 +175,7 @@ def _probe(control: Control, config: Mapping[str, Any]) -> str | None:
         {"name": one["name"], "shape": [1, 1], "datatype": "BYTES", "data": ["samp status"]}
         for one in config["input"]
     ]
-    asked = Control(control.address, timeout_s=PROBE_S)
+    asked = replace(control, timeout_s=PROBE_S)
     try:
         asked.post(f"/v2/models/{config['name']}/infer", {"inputs": tensors})
     except (ControlError, OSError, http.client.HTTPException, ValueError) as error:

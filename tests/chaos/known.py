@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 import wire
-from place import MODEL, Check, Load, Serving, demo_texts
+from place import MODEL, WORK, Check, Load, Serving, demo_texts, serve
 
 ELEMENTS = 1 << 28
 
@@ -48,8 +48,8 @@ def poison(serving: Serving, seconds: float = 4.0) -> Check:
     )
 
 
-def memory(serving: Serving) -> Check:
-    """A JSON input whose shape is large and whose data is one number."""
+def memory(serving: Serving, guarded: bool = False) -> Check:
+    """A JSON input whose shape is large and whose data is one number; with and without a key."""
     status = Path(f"/proc/{serving.triton}/status")
 
     def peak_mb() -> float:
@@ -73,6 +73,15 @@ def memory(serving: Serving) -> Check:
         peak = max(peak, peak_mb())
         time.sleep(0.01)
     seconds = time.monotonic() - begun
+    if guarded:
+        return Check(
+            "known limits",
+            "the same to a server with --key-file, without the key: refused before it is read",
+            f"refused ({answers}) after {seconds:.1f} s, {peak - before:,.0f} MB",
+            answers == [403] and peak - before < ELEMENTS * 4 / 1e7,
+            "make chaos CHAOS='--only limits'",
+            {"seconds": round(seconds, 2), "mb": round(peak - before)},
+        )
     return Check(
         "known limits",
         f"HTTP and JSON: {len(body)} bytes that say shape [2^28] and give one number",
@@ -85,4 +94,8 @@ def memory(serving: Serving) -> Check:
 
 
 def campaign(serving: Serving) -> list[Check]:
-    return [poison(serving), memory(serving)]
+    key = WORK / "key"
+    key.write_text("only-for-this-campaign\n")
+    made = [poison(serving), memory(serving)]
+    with serve(serving.out, "--key-file", key) as guarded:
+        return [*made, memory(guarded, guarded=True)]

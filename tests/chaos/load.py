@@ -41,6 +41,13 @@ class Sent:
             self.refused.append(now - begun)
             self.words[error] += 1
 
+    def join(self, other: Sent) -> None:
+        self.answers += other.answers
+        self.refused += other.refused
+        self.words += other.words
+        self.when += other.when
+        self.seconds += other.seconds
+
 
 def bodies_of(tier: str, rows: int) -> list[bytes]:
     """Serialized requests of so many texts."""

@@ -124,21 +124,28 @@ def publish(record: dict[str, Any]) -> None:
             [*kept, *record["checks"]], key=lambda check: PARTS.index(check["group"])
         )
     path.write_text(json.dumps(record, indent=1).replace(str(ROOT), ".") + "\n")
+    text = DOC.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    made = table(record, f"../benchmarks/results/{path.name}")
+    DOC.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}")
+
+
+def table(record: dict[str, Any], link: str) -> str:
+    """Of docs/reliability.md. The command is what runs a check's part alone."""
     runs = dict.fromkeys(check["run"] for check in record["checks"])
     lines = [
         f"{record['date']}, {record['device']}, {record['cores']} cores, by "
         + ", ".join(f"`{one}`" for one in runs)
-        + f" ([result](../benchmarks/results/{path.name})).",
+        + f" ([result]({link})).",
         "",
-        "| part | what must hold | what happened | holds |",
-        "|---|---|---|---|",
+        "| part | what must hold | what happened | holds | command |",
+        "|---|---|---|---|---|",
     ]
     for check in record["checks"]:
         word = {True: "yes", False: "**no**", None: "stated"}[check["ok"]]
-        lines.append(f"| {check['part']} | {check['what']} | {check['result']} | {word} |")
-    text = DOC.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    DOC.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
+        cells = (check["part"], check["what"], check["result"], word, f"`{check['command']}`")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

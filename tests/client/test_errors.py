@@ -23,6 +23,8 @@ from samp_client import errors
         ("INTERNAL", "Stub process is not healthy", errors.ServerFault),
         ("500", "Stub process is not healthy", errors.ServerFault),
         (None, "odd", errors.ServerFault),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x-y'", errors.BadRequest),
+        (None, "This API is restricted, expecting header 'samp-key'", errors.BadRequest),
     ],
 )
 def test_a_status_becomes_its_error(status, message, kind):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from samp_core import admission
-from samp_core.admission import LEAST_REQUESTS, LEAST_ROWS, Gate, Progress
+from samp_core.admission import LEAST_REQUESTS, LEAST_ROWS, Gate, Gates, Progress
 from samp_core.model_config import HARD_LIMIT
 
 BATCH_S = 0.1
@@ -23,7 +23,13 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
+        self.slept: list[float] = []
         monkeypatch.setattr(admission.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(admission.time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
 
 
 @pytest.fixture
@@ -39,10 +45,16 @@ def run(progress: Progress, clock: Clock, batches: int) -> None:
         progress.end(64)
 
 
+def admit(gate: Gate, rows: int) -> float | None:
+    """One request that came by itself."""
+    gate.settle()
+    return gate.admit(rows)
+
+
 def fill(gate: Gate, rows: int) -> int:
     """Rows let through until the first refusal, in requests of `rows`."""
     for count in itertools.count():
-        if gate.admit(rows) is not None:
+        if admit(gate, rows) is not None:
             return count * rows
     raise AssertionError
 
@@ -58,7 +70,7 @@ def test_the_bound_is_seconds_of_measured_work(tmp_path: Path, clock: Clock) -> 
     assert fill(gate, 1) == 640
     run(progress, clock, 1)
     assert fill(gate, 1) == 64  # what a batch took may come again
-    waits_s = gate.admit(1)
+    waits_s = admit(gate, 1)
     assert waits_s == pytest.approx(1.0)
 
 
@@ -72,7 +84,7 @@ def test_nothing_is_refused_before_a_rate_is_known(tmp_path: Path) -> None:
     progress = Progress(tmp_path / "queue")
     progress.reset()
     gate = Gate(progress, 0.001)
-    assert all(gate.admit(64) is None for _ in range(1000))
+    assert all(admit(gate, 64) is None for _ in range(1000))
 
 
 def test_tiers_do_not_refuse_for_each_other(tmp_path: Path, clock: Clock) -> None:
@@ -82,8 +94,47 @@ def test_tiers_do_not_refuse_for_each_other(tmp_path: Path, clock: Clock) -> Non
         run(progress, clock, 20)
         gates[tier] = Gate(progress, 1.0)
     fill(gates["exact"], 64)
-    assert gates["exact"].admit(1) is not None
-    assert gates["fast"].admit(1) is None
+    assert admit(gates["exact"], 1) is not None
+    assert admit(gates["fast"], 1) is None
+
+
+def two_tiers(tmp_path: Path, clock: Clock) -> Gates:
+    """Of tiers exact and fast; exact is full."""
+    made = {}
+    for tier in ("exact", "fast"):
+        progress = Progress(tmp_path / tier)
+        run(progress, clock, 20)
+        made[tier] = Gate(progress, 1.0)
+        progress.begin(64)  # it is at work all the while
+    fill(made["exact"], 64)
+    return Gates(made)
+
+
+def test_what_comes_together_is_told_apart(tmp_path: Path, clock: Clock) -> None:
+    gates = two_tiers(tmp_path, clock)
+    waits = gates.admit([("exact", 1), None, ("fast", 600), ("fast", 100), ("exact", 2)])
+    assert waits == [pytest.approx(1.6), None, None, None, pytest.approx(1.6)]
+    assert clock.slept == []
+    assert not Gates({})
+    assert gates.admit([]) == []
+
+
+def test_refusals_alone_are_held_until_some_can_go_together(tmp_path: Path, clock: Clock) -> None:
+    gates = two_tiers(tmp_path, clock)
+    pace = admission.REFUSE_EVERY_S
+    assert gates.admit([("exact", 1)]) != [None]
+    assert clock.slept == []  # the first goes at once
+    clock.now += pace / 4
+    gates.admit([("exact", 1), ("exact", 1)])
+    assert clock.slept == [pytest.approx(pace * 3 / 4)]
+    # What anybody else sent is not held, and holds nothing up.
+    for other in (None, ("fast", 1)):
+        assert gates.admit([("exact", 1), other])[1] is None
+    gates.admit([None])
+    assert len(clock.slept) == 1
+    clock.now += 2 * pace
+    gates.admit([("exact", 1)])
+    assert len(clock.slept) == 1
 
 
 def test_what_never_arrives_is_forgotten(tmp_path: Path, clock: Clock) -> None:
@@ -102,8 +153,8 @@ def test_what_never_arrives_is_forgotten_under_load(tmp_path: Path, clock: Clock
     run(progress, clock, 20)
     gate = Gate(progress, 0.1)
     for _ in range(10_000):
-        assert gate.admit(1) is None
-        assert gate.admit(1) is None
+        assert admit(gate, 1) is None
+        assert admit(gate, 1) is None
         clock.now += 0.006
         progress.begin(1)
         clock.now += 0.004
@@ -123,7 +174,7 @@ def test_full_batches_after_a_pause_are_no_empty_queue(tmp_path: Path, clock: Cl
         clock.now += 0.1  # longer than any hand-over
         progress.begin(64)
         assert 0 < fill(gate, 64) <= 128
-    assert gate.admit(64) is not None
+    assert admit(gate, 64) is not None
 
 
 def test_a_process_that_died_in_a_batch_does_not_close_the_gate(
@@ -135,13 +186,13 @@ def test_a_process_that_died_in_a_batch_does_not_close_the_gate(
     progress.begin(64)  # and never ends
     fill(gate, 64)
     clock.now += 5.0
-    assert gate.admit(64) is not None
+    assert admit(gate, 64) is not None
     clock.now += HARD_LIMIT
-    assert gate.admit(64) is None
+    assert admit(gate, 64) is None
     # Another process takes its place and finds the slot as it was left.
     fill(gate, 64)
     Progress(tmp_path / "queue").reset()
-    assert gate.admit(64) is None
+    assert admit(gate, 64) is None
 
 
 def test_direct_calls_of_the_encoder_do_no_harm(tmp_path: Path, clock: Clock) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 from forked import forks
-from samp_client import Tls, Unavailable, connect, connect_async
+from samp_client import BadRequest, Tls, Unavailable, connect, connect_async
 from samp_client.errors import ClientError
 from tiny import write_tiny
 
+from samp_core import cli_live, control
 from samp_core.server import Server
 
 # Not the address that is called: only with the name given does the certificate fit.
@@ -142,3 +143,35 @@ def test_on_the_command_line(secured: Secured) -> None:
     assert json.loads(first)["scores"] == json.loads(done.out)["scores"]
     assert "restricted" in forks().samp(*where, "a").out
     assert "NAME=VALUE" in forks().samp(*where, "--header", "none", "a").err
+
+
+def test_a_key_for_http(tmp_path: Path) -> None:
+    """samp serve --key-file: strangers are refused; clients with the key, gRPC and samp go on."""
+    write_tiny(tmp_path / "out")
+    key = tmp_path / "key"
+    key.write_text("short\n")
+    refused = forks().samp("serve", tmp_path / "out", "--key-file", key)
+    assert refused.code == 2
+    assert "8 to 256 printable" in refused.err
+    key.write_text("0123456789abcdef\nnot this\n")
+    options = [control.guard(cli_live.read_key(key))]
+    with Server.start(tmp_path / "out", threads=1, options=options) as server:
+        with connect(server.grpc) as client:
+            found = client.predict(["a"], "exact")
+        with connect(server.http, "http") as client, pytest.raises(BadRequest, match="--header"):
+            client.predict(["a"], "exact")
+        with connect(server.http, "http", headers={"samp-key": "0123456789abcdef"}) as client:
+            assert client.predict(["a"], "exact")[0].label == found[0].label
+        with pytest.raises(control.ControlError, match="restricted"):
+            control.Control(server.http).unload("head_tiny")
+        seen = forks().samp("status", tmp_path / "out", "--json")
+        assert seen.code == 0, seen.out
+        assert seen.json[0]["tiers"][0]["answers"]
+        assert server.activate(tmp_path / "out", again=True)["loads"] == 4
+
+
+def test_the_header_is_read_from_tritons_own_options() -> None:
+    one = ["--log-verbose=1", "--http-restricted-api=inference,health:k=v=w"]
+    assert control.restricted(one) == {"k": "v=w"}
+    assert control.restricted(["--http-restricted-api", "inference:k=v"]) == {"k": "v"}
+    assert control.restricted(["--grpc-restricted-protocol=inference:k=v"]) == {}
