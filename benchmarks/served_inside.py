@@ -26,6 +26,7 @@ from google.protobuf import json_format, text_format
 from samp_kernels.interface import Array, pack_batch
 from tritonclient.grpc import model_config_pb2
 
+from samp_core import admission
 from samp_core.manifest import Manifest, read_manifest
 from samp_core.pipeline import Pipeline, load
 
@@ -42,6 +43,13 @@ class Tensor:
 
     def as_numpy(self) -> Array:
         return self._array
+
+
+class Request(dict[str, Array]):
+    """Stands for Triton's: the inputs of one request, which no tier's ensemble sent."""
+
+    def requested_output_names(self) -> tuple[str, ...]:
+        return ("LENGTHS",)
 
 
 class Response:
@@ -103,7 +111,8 @@ def open_model(folder: Path, threads: int) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
-    model.initialize({"model_config": json.dumps(config), "model_name": folder.name})
+    names = {"model_name": folder.name, "model_instance_name": f"{folder.name}_0_0"}
+    model.initialize({"model_config": json.dumps(config), **names})
     return model
 
 
@@ -142,8 +151,8 @@ def parts(
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(made["head"]) < 3:
         chosen = list(itertools.islice(turn, count))
-        batch: list[dict[str, Array]] = [
-            {"TEXT": np.array([[t.encode()] for t in chosen[i : i + rows]], dtype=np.object_)}
+        batch = [
+            Request(TEXT=np.array([[t.encode()] for t in chosen[i : i + rows]], dtype=np.object_))
             for i in range(0, count, rows)
         ]
         for role, model in zip(made, models, strict=False):
@@ -151,7 +160,7 @@ def parts(
             responses = model.execute(batch)
             made[role].append(1000 * (time.perf_counter() - begun) / count)
             batch = [
-                {**before, **response.outputs}
+                Request({**before, **response.outputs})
                 for before, response in zip(batch, responses, strict=True)
             ]
         made["session"].append(_session_ms(pipeline, chosen) / count)
@@ -186,8 +195,11 @@ def main() -> None:
     pipeline = load(out, tier, threads)
     pipeline.predict(texts[:1])
     print(json.dumps({"models": names}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line), pipeline, models, texts)), flush=True)
+    try:
+        for line in sys.stdin:
+            print(json.dumps(answer(json.loads(line), pipeline, models, texts)), flush=True)
+    finally:  # No Triton removes what the encoder has written for its tokenizer.
+        admission.remove(names[1])
 
 
 if __name__ == "__main__":

@@ -223,6 +223,11 @@ def _open(encoder: str, slot: int = 0) -> Progress | None:
         return None
 
 
+def remove(encoder: str) -> None:
+    """What `progress` made: for a parent that is no Triton, and removes no regions."""
+    (SHM / f"{_prefix(os.getppid())}queue_{encoder}").unlink(missing_ok=True)
+
+
 def _prefix(triton: int) -> str:
     """The name that this Triton's regions begin with: whoever removes those, removes ours."""
     for word in Path(f"/proc/{triton}/cmdline").read_text(errors="replace").split("\0"):
