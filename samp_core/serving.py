@@ -90,29 +90,23 @@ class Tokenizer:
         """
         if not self.gates:
             return [None] * len(requests)
-        asked: list[tuple[str, int] | None] = []
-        for request in requests:
-            name = self._tier_asked(request)
-            if name is None:
-                asked.append(None)
-                continue
-            text = backend.get_input_tensor_by_name(request, self.inputs[0])
-            asked.append((name, text.shape()[0]))
+        asked = [self._asked(backend, request) for request in requests]
         admitted: list[Overloaded | str | None] = []
         for one, waits_s in zip(asked, self.gates.admit(asked), strict=True):
-            if one is not None and waits_s is not None:
-                tier = one[0].removeprefix(OF_TIER)
-                admitted.append(Overloaded(tier, waits_s, self.gates.limit_s(one[0])))
-            else:
-                admitted.append(None if one is None else one[0])
+            name: Overloaded | str | None = one and one[0]
+            if isinstance(name, str) and waits_s is not None:
+                limit_s = self.gates.limit_s(name)
+                name = Overloaded(name.removeprefix(OF_TIER), waits_s, limit_s)
+            admitted.append(name)
         return admitted
 
-    def _tier_asked(self, request: Any) -> str | None:
-        """The output by which a request says that a tier sent it."""
-        asked = request.requested_output_names()
-        if "LENGTHS" in asked:
+    def _asked(self, backend: Any, request: Any) -> tuple[str, int] | None:
+        """The output by which a tier asked, and its rows."""
+        names = request.requested_output_names()
+        name = None if "LENGTHS" in names else next((n for n in names if n in self.gates), None)
+        if name is None:
             return None
-        return next((str(name) for name in asked if name in self.gates), None)
+        return str(name), backend.get_input_tensor_by_name(request, self.inputs[0]).shape()[0]
 
     def run(self, requests: Sequence[Inputs]) -> list[Outputs | RequestError]:
         """All texts of all requests in one call of the tokenizer."""

@@ -293,3 +293,16 @@ def test_a_reader_that_leaves(tmp_path: Path) -> None:
     )
     assert done.stdout.strip() == "1"
     assert [line for line in done.stderr.splitlines() if not line.startswith("  ")] == []
+
+
+def test_an_install_of_the_client_alone_says_so() -> None:
+    """Without the extra `build` there is no typer: one line, not a traceback."""
+    code = "import sys; sys.modules['typer'] = None; import samp_core.__main__ as m; m.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("samp: not_installed: typer is not there")
+    assert "samp-triton[build]" in line
+    whole = [sys.executable, "-m", "samp_core", "--help"]
+    assert "rollback" in subprocess.run(whole, capture_output=True, text=True).stdout

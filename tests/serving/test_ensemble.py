@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ from conftest import MAX_LENGTH, Served
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 FloatArray = Any
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,28 @@ def test_tokenizer_is_padded_to_the_longest_row_of_each_request(served: Served) 
         assert row[: len(ids)].tolist() == ids
         assert not row[len(ids) :].any()
     assert answer["TRUNCATED"][:, 0].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_script_without_any_code_of_ours(served: Served, protocol: str) -> None:
+    texts = ["a fine film", "a dull one 😀"]
+    done = subprocess.run(
+        [
+            sys.executable, "-I", "-X", "importtime", ROOT / "examples" / "bare_client.py",
+            "--url", getattr(served, protocol), *(["--http"] if protocol == "http" else []),
+            f"{served.model}_exact", *texts,
+        ],
+        capture_output=True, text=True, check=False, cwd="/",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not re.search(r"\| +samp_\w+$", done.stderr, re.MULTILINE), "it imports code of ours"
+    expected = classify(served.grpc, f"{served.model}_exact", texts)
+    for index, line in enumerate(done.stdout.splitlines()):
+        answer = json.loads(line)
+        assert answer["LABEL"] == [expected["LABEL"][index, 0].decode()]
+        assert np.allclose(answer["SCORES"], expected["SCORES"][index], atol=1e-5)
+        assert answer["TRUNCATED"] == [False]
+    assert len(done.stdout.splitlines()) == 2
 
 
 def test_the_metadata_is_all_that_a_client_needs(
