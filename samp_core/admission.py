@@ -162,9 +162,6 @@ class Gates:
         self._gates = dict(gates)
         self._refused_at = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._gates)
-
     def __contains__(self, output: str) -> bool:
         return output in self._gates
 

@@ -88,8 +88,6 @@ class Tokenizer:
 
         What would wait too long for that tier's encoder is refused, before its text is looked at.
         """
-        if not self.gates:
-            return [None] * len(requests)
         asked = [self._asked(backend, request) for request in requests]
         admitted: list[Overloaded | str | None] = []
         for one, waits_s in zip(asked, self.gates.admit(asked), strict=True):

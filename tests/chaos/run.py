@@ -49,27 +49,31 @@ def main() -> int:
     out = demo_build()
     checks: dict[str, list[Check]] = {}
     record: dict[str, Any] = {"seconds": 0}
+    seconds: dict[str, int] = {}
     # Each part has a server of its own, so that none sees what another one left.
     for name, part in parts(options).items():
         if options.only and name not in options.only:
             continue
         print(f"---- {name}", flush=True)
+        started = time.monotonic()
         with serve(out) as serving:
             made = part(serving)
+        seconds[name] = round(time.monotonic() - started)
         checks[name] = made
         for check in made:
             word = {True: "ok", False: "FAILED", None: "stated"}[check.ok]
             print(f"{word:7} {check.part}: {check.what}: {check.result}", flush=True)
             if check.ok is False:
                 print(f"        {json.dumps(check.figures)[:3000]}", flush=True)
-        record = result(checks, options, time.monotonic() - begun)
+        record = result(checks, options, time.monotonic() - begun) | {"part_seconds": seconds}
         WORK.mkdir(parents=True, exist_ok=True)
         (WORK / "result.json").write_text(json.dumps(record, indent=1) + "\n")
         if options.publish:
             publish(record)
     count = sum(len(made) for made in checks.values())
     failed = [check for made in checks.values() for check in made if check.ok is False]
-    print(f"chaos: {count} checks, {len(failed)} failed, {record['seconds']} s")
+    each = ", ".join(f"{name} {took}" for name, took in seconds.items())
+    print(f"chaos: {count} checks, {len(failed)} failed, {record['seconds']} s ({each})")
     return 1 if failed else 0
 
 
