@@ -99,7 +99,7 @@ def build(
             warnings += loss_note(losses)
         correct = Verifier(bench, plans, verification, config.alpha, metric)
         choices = {
-            name: choose(name, spec, candidates, correct, clock.spent_all)
+            name: choose(name, spec, candidates, correct, clock.spent_all, found.rivals)
             for name, spec in config.tiers.items()
         }
         exact = Choice("exact", TierSpec(), FLOAT, (), True)

@@ -108,17 +108,24 @@ def choose(
     candidates: Mapping[str, Candidate],
     verifier: Verifier,
     stop: Callable[[], bool] = lambda: False,
+    rivals: Mapping[str, Sequence[str]] | None = None,
 ) -> Choice:
     """The plan of one tier, by its wish; verified where it promises a drop.
 
-    After `stop` no further plan is run over the verification rows but a tier's first.
+    After `stop` no further plan is run over the verification rows but a tier's first. rivals: names
+    of candidates that stand for other strategies' plans, see allocate.drop_sequence.
     """
     reference = candidates[FLOAT]
     timed = [c for c in candidates.values() if c.timed]
     faster = [c for c in timed if c.latency_ms < reference.latency_ms]
     everything = [reference, *faster]
     if spec.drop is not None:
-        return _by_drop(tier, spec, reference, everything, verifier, stop)
+        by_name = {c.name: c for c in everything}
+        theirs = [
+            [by_name[name] for name in names if name in by_name]
+            for names in (rivals or {}).values()
+        ]
+        return _by_drop(tier, spec, reference, everything, verifier, stop, theirs)
     if spec.latency is not None:
         chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, verifier.alpha)
         if chosen is not None:
@@ -166,13 +173,15 @@ def _by_drop(
     candidates: Sequence[Candidate],
     verifier: Verifier,
     stop: Callable[[], bool],
+    rivals: Sequence[Sequence[Candidate]],
 ) -> Choice:
     assert spec.drop is not None
     promise = spec.drop / 100.0
     n = verifier.n
     sequence = allocate.drop_sequence(
-        candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=verifier.alpha
-    )
+        candidates, reference, promise, n,
+        ceiling_ms=spec.latency, alpha=verifier.alpha, rivals=rivals,
+    )  # fmt: skip
     notes: list[str] = []
 
     def until_late() -> Iterator[str]:

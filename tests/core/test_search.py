@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from separable import small
 
 from samp_core import costs, milp, sensitivity
-from samp_core.allocate import predicted_bound
+from samp_core.allocate import last_fit, predicted_bound
 from samp_core.budget import Clock
 from samp_core.build import open_workbench, plan_modes, read_splits
 from samp_core.chain import chain, choice_of, path_cost
@@ -29,7 +29,7 @@ from samp_core.evaluate import spearman
 from samp_core.lower_loss import loss_report
 from samp_core.metrics import Accuracy
 from samp_core.plan import Plan, Recipe
-from samp_core.search import Found, Search, correlations, last_fit, weigh
+from samp_core.search import Found, Search, correlations, weigh
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench, silent
@@ -140,10 +140,13 @@ def test_no_plan_of_the_same_loss_is_modelled_faster(planted: Planted) -> None:
     proposed = [name for name in found.plans if name.startswith("milp-")]
     assert len(proposed) >= 4
     for name in proposed:
-        expected = table(made.nodes).total(choice_of(found.plans[name], made.nodes), "1")
-        assert found.modelled[name]["latency_ms"]["1"] == pytest.approx(expected)
+        # What whole plans take on this device, a hundredth more than its table says.
+        expected = table(made.nodes).total(choice_of(found.plans[name], made.nodes), "1") * 1.01
+        assert found.modelled[name]["latency_ms"]["1"] == pytest.approx(expected, rel=5e-3)
         candidate = found.candidates[name]
-        assert candidate.latency_ms == pytest.approx((1.01 if candidate.timed else 1) * expected)
+        assert candidate.latency_ms == pytest.approx(
+            expected, rel=1e-6 if candidate.timed else 2e-3
+        )
 
 
 @pytest.mark.usefixtures("device")
