@@ -7,19 +7,19 @@ are timed whole, so that the model of the device proposes and the device decides
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from samp_core import allocate, costs, evaluate, halves, milp, rivals, sensitivity
+from samp_core import allocate, costs, halves, milp, rivals, sensitivity
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
 from samp_core.chain import Node, chain, choice_of, path_cost, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
-from samp_core.modes import layer_order, modes
+from samp_core.modes import correlations, layer_order, modes
 from samp_core.plan import Plan, SitePlan
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
@@ -27,6 +27,8 @@ from samp_core.workbench import Split, Workbench
 
 LOOKS = 16
 """Plans of one staircase that are run over the search split."""
+OVER = 1.5
+"""Other strategies' steps are followed up to a bound of so many times the largest promise."""
 RIVALS = 12
 """Plans that are because they stand for a step that another strategy would take."""
 HOPELESS = 0.1
@@ -279,6 +281,7 @@ class Search:
         kept = {FLOAT, *self.halves, self._names.get(self._full.key(), "")}
         if any(spec.free for spec in self._config.tiers.values()):
             kept |= set(self.modes)
+        kept |= {name for names in self._found.rivals.values() for name in names}
         hopeless, fastest = set(), float("inf")
         for candidate in ordered:
             if candidate.name not in kept and candidate.latency_ms * (1 - HOPELESS) > fastest:
@@ -340,18 +343,24 @@ class Search:
     def _rivals(self, rest_ms: float) -> dict[str, tuple[str, ...]]:
         """samp and greedy -> the plans looked at that stand for their steps, fastest first.
 
-        From where the strictest promise is surely held to the safest plan over every promise; at
+        From where the strictest promise is surely held to the safest plan well over every one; at
         most RIVALS that were not looked at before. rest_ms: what is no part of the edges.
         """
-        modelled, candidates = self._found.modelled, self._found.candidates.values()
+        modelled, candidates = self._found.modelled, self._pooled().values()
         limits = self._drop_limits
         made = [(c, modelled[c.name]["kl"]) for c in candidates if c.name != FLOAT and limits]
-        most = min((kl for c, kl in made if self._bound(c) > limits[-1]), default=float("inf"))
+        most = min(
+            (kl for c, kl in made if self._bound(c) > OVER * limits[-1]), default=float("inf")
+        )
         safe = [kl for c, kl in made if self._bound(c) <= allocate.SAFE * limits[0]]
         back = int(bool(self.halves))  # to fp16 where it is there
         kl = sensitivity.estimated(self.scores)
         proposed = {
-            "samp": [(name, choice_of(plan, self.nodes)) for name, plan in self.modes.items()],
+            "samp": [
+                (name, choice_of(plan, self.nodes))
+                for name, plan in self.modes.items()
+                if not name.startswith("gemms")
+            ],
             "greedy": rivals.reverted(kl, self.nodes, back),
         }
         left, found = RIVALS, {}
@@ -461,20 +470,3 @@ class Search:
 def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:
     """Mean of a latency by bucket under the weights of a mix."""
     return sum(mix[bucket] * ms[bucket] for bucket in mix) / sum(mix.values())
-
-
-def correlations(scores: Iterable[Score]) -> dict[str, float | None]:
-    """Spearman's rank correlation of each cheap score with the measured KL; None for too few."""
-    kinds: Mapping[str, Callable[[Score], float | None]] = {
-        "fisher": lambda s: s.fisher,
-        "signed": lambda s: None if s.signed is None else abs(s.signed),
-        "signed_whole": lambda s: None if s.signed_whole is None else abs(s.signed_whole),
-        "sqnr": lambda s: -s.sqnr_db,
-    }
-    known = [score for score in scores if score.kl is not None]
-    result: dict[str, float | None] = {}
-    for name, value in kinds.items():
-        pairs = [(a, s.kl or 0.0) for s in known if (a := value(s)) is not None]
-        enough = len(pairs) >= 3
-        result[name] = round(evaluate.spearman(*zip(*pairs, strict=True)), 4) if enough else None
-    return result

@@ -144,6 +144,20 @@ def choose(
     return Choice(tier, spec, best.name, (), True)
 
 
+def near_ones(choice: Choice, candidates: Mapping[str, Candidate]) -> list[str]:
+    """The plan served and those that passed, too, and are so near in time that noise may decide."""
+    most = candidates[choice.plan].latency_ms * (1.0 + 2.0 * allocate.STEP)
+    passed = [name for name, test in choice.tests if test.passed]
+    return [n for n in dict.fromkeys([*passed, choice.plan]) if candidates[n].latency_ms <= most]
+
+
+def fastest(choice: Choice, again: Mapping[str, float]) -> Choice:
+    """The choice with the fastest plan that passed, by times measured again, in turns."""
+    passed = [name for name, test in choice.tests if test.passed and name in again]
+    best = min(passed, key=lambda name: again[name], default=choice.plan)
+    return replace(choice, plan=best) if again[best] < again[choice.plan] else choice
+
+
 def recheck(choice: Choice, latency_ms: float, float_ms: float = math.inf) -> Choice:
     """The choice after its plan was measured again: above its ceiling it is not met.
 
@@ -211,12 +225,35 @@ def _by_drop(
             )
     if spec.latency is not None and result.served is None and reference.latency_ms > spec.latency:
         met = False
-        fastest = min(candidates, key=lambda c: c.latency_ms)
         notes.append(
             f"tier {tier}: no plan holds {spec.drop:g} points within {spec.latency:g} ms; exact "
-            f"takes {reference.latency_ms:.2f} ms, the fastest plan ({fastest.name}) "
-            f"{fastest.latency_ms:.2f} ms; exact's plan is served"
+            f"takes {reference.latency_ms:.2f} ms; {_nearest(spec, candidates, result.tests)}; "
+            "exact's plan is served"
         )
     elif result.served is None:
         notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
     return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
+
+
+def _nearest(
+    spec: TierSpec,
+    candidates: Sequence[Candidate],
+    tests: Sequence[tuple[str, evaluate.DropTest]],
+) -> str:
+    """Which plan comes nearest to a drop within a ceiling that none holds, and what it misses."""
+    assert spec.drop is not None
+    assert spec.latency is not None
+    by_name = {c.name: c for c in candidates}
+    if tests:
+        name, test = min(tests, key=lambda found: found[1].bound)
+        bound = 100 * test.bound
+        return (
+            f"nearest is {name}: {by_name[name].latency_ms:.2f} ms, and its bound of {bound:.2f} "
+            f"points misses the promise by {bound - spec.drop:.2f}"
+        )
+    fastest = min(candidates, key=lambda c: c.latency_ms)
+    over = fastest.latency_ms - spec.latency
+    return (
+        f"nearest is {fastest.name}, the fastest: {fastest.latency_ms:.2f} ms miss the ceiling by "
+        f"{over:.2f}"
+    )

@@ -190,6 +190,10 @@ class Workbench:
                 made = np.concatenate([t[f] for t, f in zip(tokens, firsts, strict=True)])
             self._check_executed(session, plan)
             if not np.isfinite(made).all():
+                if plan.key() == self.base_plan().key():  # this one names the site
+                    some = [batch for batch, _ in packed]
+                    session, output = self.loop_session(plan), self.head.encoder_output
+                    calibrate.observe(session, some, output, self.backend.to_host, each=self.each)
                 raise SampError(
                     "not_finite", f"{title}: the logits hold NaN or infinity", "finite logits",
                     "check the checkpoint",
