@@ -34,7 +34,7 @@ from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
 from samp_core.search import Found, Search, weigh
 from samp_core.text import TextEncoder
-from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, recheck
+from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, fastest, near_ones, recheck
 from samp_core.workbench import (
     Progress,
     Split,
@@ -103,19 +103,22 @@ def build(
             warnings += loss_note(losses)
         correct = Verifier(bench, plans, verification, config.alpha, metric)
         choices = {
-            name: choose(name, spec, candidates, correct, clock.spent_all)
+            name: choose(name, spec, candidates, correct, clock.spent_all, found.rivals)
             for name, spec in config.tiers.items()
         }
         exact = Choice("exact", TierSpec(), FLOAT, (), True)
         choices = {"exact": exact, **choices}
-        served = {choice.plan: plans[choice.plan] for choice in choices.values()}
-        latencies = bench.latencies(served, search, "measure the chosen plans again")
+        near = [name for c in choices.values() for name in near_ones(c, candidates)]
+        chosen = {name: plans[name] for name in near}
+        latencies = bench.latencies(chosen, search, "measure the chosen plans again")
         again = {name: weigh(ms, config.mix) for name, ms in latencies.items()}
         pace = latency.pace(found.modelled.get(FLOAT, {}).get("latency_ms", {}), latencies[FLOAT])
         choices = {
-            name: recheck(choice, again[choice.plan], again[FLOAT])
+            name: recheck(made, again[made.plan], again[FLOAT])
             for name, choice in choices.items()
+            for made in [fastest(choice, again)]
         }
+        served = {choice.plan: plans[choice.plan] for choice in choices.values()}
         measured = {
             name: correct.measured(choice.plan, latencies[choice.plan])
             for name, choice in choices.items()

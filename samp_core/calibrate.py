@@ -8,7 +8,7 @@ costs no pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from samp_kernels.interface import GEMM_SITES, LARGEST, Array, Batch, OutputKind
@@ -25,57 +25,73 @@ Ranges = Mapping[str, Array]
 `<name>.channels`, the largest magnitude of each channel."""
 
 
+Each = Callable[[Callable[[Batch], Any], Sequence[Batch]], Iterable[Any]]
+"""`map` over batches, in their order."""
+_T = TypeVar("_T")
+
+
 def observe(
     session: LoopSession,
     batches: Sequence[Batch],
     output: OutputKind,
     to_host: Callable[[Any], Array],
     progress: Callable[[], None] = lambda: None,
+    each: Each = map,
 ) -> dict[str, Array]:
     """Ranges of every GEMM's input, and of q, k and v of every layer, over these batches.
 
-    Raises SampError naming the first site whose input is not finite.
+    each: `map`, or what does the same with several batches side by side. Raises SampError naming
+    the first site whose input is not finite.
     """
-    amax: dict[str, float] = {}
+
+    def seen(batch: Batch, visit: Callable[[str, Array], _T]) -> dict[str, _T]:
+        """What `visit` makes of every input of one pass, by name."""
+        made: dict[str, _T] = {}
+
+        def observer(site: str, value: Any) -> None:
+            made.update((name, visit(name, x)) for name, x in _inputs(site, value, to_host))
+
+        session.observe(batch, output, observer)
+        return made
+
     channels: dict[str, Array] = {}
+    for made in each(lambda batch: seen(batch, _largest), batches):
+        for name, most in made.items():
+            channels[name] = np.maximum(channels[name], most) if name in channels else most
+        progress()
+    amax = {name: float(most.max(initial=0.0)) for name, most in channels.items()}
     counts: dict[str, Array] = {}
 
-    def largest(name: str, x: Array) -> None:
-        each = np.abs(x).max(axis=0, initial=0.0)
-        value = float(each.max(initial=0.0))
-        if not np.isfinite(value):
-            raise SampError(
-                "not_finite",
-                f"the input of {name} holds NaN or infinity",
-                "finite activations",
-                "check the checkpoint and the calibration texts",
-            )
-        amax[name] = max(amax.get(name, 0.0), value)
-        channels[name] = np.maximum(channels[name], each) if name in channels else each
+    def count(name: str, x: Array) -> Array | None:
+        if amax[name] < 1e-30:  # Zeros, or so near that the scale's floor decides.
+            return None
+        bins = (np.abs(x).ravel() * ((BINS - 1e-3) / amax[name])).astype(np.int32)
+        return np.bincount(bins, minlength=BINS)[:BINS]
 
-    def count(name: str, x: Array) -> None:
-        top = amax[name]
-        if top < 1e-30:  # Zeros, or so near that the scale's floor decides.
-            return
-        bins = (np.abs(x).ravel() * ((BINS - 1e-3) / top)).astype(np.int32)
-        histogram = np.bincount(bins, minlength=BINS)[:BINS]
-        counts[name] = counts.get(name, np.zeros(BINS, np.int64)) + histogram
-
-    for visit in (largest, count):
-
-        def observer(site: str, value: Any, visit: Callable[[str, Array], None] = visit) -> None:
-            for name, x in _inputs(site, value, to_host):
-                visit(name, x)
-
-        for batch in batches:
-            session.observe(batch, output, observer)
-            progress()
+    for counted in each(lambda batch: seen(batch, count), batches):
+        for name, histogram in counted.items():
+            if histogram is not None:
+                counts[name] = counts.get(name, np.zeros(BINS, np.int64)) + histogram
+        progress()
     ranges: dict[str, Array] = {}
     for name, value in amax.items():
         ranges[name] = counts.get(name, np.zeros(BINS, np.int64))
         ranges[f"{name}.amax"] = np.array([value])
         ranges[f"{name}.channels"] = channels[name].astype(np.float32)
     return ranges
+
+
+def _largest(name: str, x: Array) -> Array:
+    """The largest magnitude of each channel."""
+    most: Array = np.abs(x).max(axis=0, initial=0.0)
+    if not np.isfinite(most).all():
+        raise SampError(
+            "not_finite",
+            f"the input of {name} holds NaN or infinity",
+            "finite activations",
+            "check the checkpoint and the calibration texts",
+        )
+    return most
 
 
 def scales(ranges: Ranges, recipes: Recipes) -> dict[str, float]:

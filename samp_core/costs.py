@@ -26,6 +26,10 @@ ROUNDS = 3
 FEWEST = 6
 """Turns of a bucket that are made even when the time is up."""
 
+NOISE = 0.02
+"""What a whole pass is measured wrong by, as a share of it."""
+FACTORS = 0.3
+"""By how much the factors of kinds of sites differ, as a share of what all have in common."""
 LARGEST_SCALE = 0.3
 """Stamped passes and plain ones differ by less."""
 
@@ -146,6 +150,102 @@ def fit(
     factor, rest = line(totals, np.asarray(whole))
     edges = tuple(tuple(tuple(map(float, row)) for row in factor * edge) for edge in means)
     return edges, rest
+
+
+def corrected(
+    table: CostTable,
+    nodes: Sequence[Node],
+    choices: Sequence[Choice],
+    whole: Mapping[str, Sequence[float]],
+) -> CostTable:
+    """The table scaled to whole passes of some plans; whole: bucket -> milliseconds of each.
+
+    Stamps and whole passes differ by kind of site and precision (what stays in cache, what a busy
+    machine took), so each such group has one factor, and the rest is fitted, too: ridge
+    regression, towards one factor for all. NOISE and FACTORS are its two standard deviations.
+    """
+    edges, base = {}, {}
+    for name, ms in whole.items():
+        factors, pace, rest = _factors(table, nodes, choices, np.asarray(ms), name)
+        lead, *rows = table.edges[name]
+        edges[name] = (
+            tuple(tuple(pace * value for value in row) for row in lead),
+            *(
+                tuple(
+                    tuple(factors[group] * value for value in row)
+                    for group, row in zip(_groups(node), edge, strict=True)
+                )
+                for node, edge in zip(nodes, rows, strict=True)
+            ),
+        )
+        base[name] = rest
+    return CostTable({**table.edges, **edges}, {**table.base_ms, **base})
+
+
+def misses(
+    table: CostTable,
+    nodes: Sequence[Node],
+    choices: Sequence[Choice],
+    whole: Mapping[str, Sequence[float]],
+) -> dict[str, dict[str, float]]:
+    """Bucket -> by how much of their measured time plans are foretold wrong, median and largest.
+
+    Each by a table that is corrected by the others alone; `stamped_` before any correction, but
+    for the pace of the machine.
+    """
+    found = {}
+    for name, ms in whole.items():
+        told = np.array([table.total(choice, name) for choice in choices])
+        stamped = np.abs(told * np.median(np.asarray(ms) / told) / ms - 1.0)
+        errors = []
+        for place, choice in enumerate(choices):
+            rest = [*choices[:place], *choices[place + 1 :]]
+            others = {name: [*ms[:place], *ms[place + 1 :]]}
+            without = corrected(table, nodes, rest, others)
+            errors.append(abs(without.total(choice, name) / ms[place] - 1.0))
+        found[name] = {
+            "plans": float(len(choices)),
+            "median": float(np.median(errors)), "largest": float(np.max(errors)),
+            "stamped_median": float(np.median(stamped)),
+            "stamped_largest": float(np.max(stamped)),
+        }  # fmt: skip
+    return found
+
+
+def _groups(node: Node) -> list[tuple[str, str]]:
+    """Of each option of a node the kind of site and the precision: what shares a factor."""
+    kind = node.name.rsplit(".", 1)[1]
+    return [(kind, precision) for precision in node.precisions]
+
+
+def _factors(
+    table: CostTable, nodes: Sequence[Node], choices: Sequence[Choice], ms: Array, bucket: str
+) -> tuple[dict[tuple[str, str], float], float, float]:
+    """The factor of each group, of what leads in, and the milliseconds beside all edges."""
+    from scipy.optimize import lsq_linear
+
+    lead, *rows = table.edges[bucket]
+    groups = list(dict.fromkeys(group for node in nodes for group in _groups(node)))
+    column = {group: place for place, group in enumerate(groups)}
+    x = np.zeros((len(choices), len(groups)))
+    start = np.empty(len(choices))
+    for place, choice in enumerate(choices):
+        start[place] = lead[0][choice[0]]
+        for node, edge, option, after in zip(nodes, rows, choice, (*choice[1:], 0), strict=True):
+            x[place, column[_groups(node)[option]]] += edge[option][after]
+    told = np.maximum(x.sum(axis=1) + start + table.base_ms[bucket], 1e-9)
+    pace = float(np.median(ms / told))
+    rest = pace * max(table.base_ms[bucket], 0.0)
+    # Rows: each plan's relative error; then what is known of factors and rest before.
+    measured = np.concatenate([x, np.ones((len(choices), 1))], axis=1) / (NOISE * ms[:, None])
+    before = np.diag([*([1 / (FACTORS * pace)] * len(groups)), 1 / (FACTORS * ms.min())])
+    wanted = np.concatenate(
+        [(1 - pace * start / ms) / NOISE, np.full(len(groups), 1 / FACTORS),
+         [rest / (FACTORS * ms.min())]]
+    )  # fmt: skip
+    low = np.array([*([0.1 * pace] * len(groups)), 0.0])
+    solved = lsq_linear(np.concatenate([measured, before]), wanted, (low, np.inf)).x.tolist()
+    return dict(zip(groups, solved[:-1], strict=True)), pace, solved[-1]
 
 
 def line(x: Array, y: Array) -> tuple[float, float]:

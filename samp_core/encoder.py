@@ -130,7 +130,7 @@ def check_plan(backend: Backend, config: EncoderConfig, plan: Plan) -> None:
                 "plan_mismatch",
                 f"a plan for {key} {plan.config.get(key)}",
                 f"{key} {getattr(config, key)}, the checkpoint's",
-                "build the plan for this checkpoint",
+                "plan again for this checkpoint: samp build --model FOLDER --data ROWS",
             )
     able = backend.capabilities()
     for site, entry in plan.sites.items():

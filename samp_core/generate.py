@@ -68,9 +68,11 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
                     "plan_mismatch",
                     f"{config.plans[name]} was made for checkpoint {str(plan.model_sha256)[:12]}",
                     f"plans for {build.model}, {bench.checkpoint.sha256[:12]}",
-                    "give that checkpoint as --model, or run samp build for this one",
+                    f"give that checkpoint as --model, or plan again: {_again(config)}",
                 )
             own = benches.setdefault(plan.backend, on_backend(bench, plan.backend))
+            if name in plans:
+                _check_device(config, own, name, plan)
             lacks = any(scale not in plan.scales for scale in needed_scales(plan))
             if lacks and (config.has_data or not plan.scales):
                 plan = _with_scales(config, own, name, plan)
@@ -82,7 +84,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
                     "unsupported_plan",
                     f"{config.plans[name]}: {error.op}: {error.got}",
                     error.allowed,
-                    "edit the plan, or name another backend in it",
+                    "edit the plan, or plan again for this backend: "
+                    f"{_again(config, plan.backend)}",
                 ) from None
             weights = export_weights(bench.checkpoint.tensors, plan, bench.quantized)
             tiers[name] = TierFiles(plan, weights, _promise(plan))
@@ -95,6 +98,34 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
         "repository": str(build.folder),
         "tiers": [{"name": name, "plan": files.plan.summary()} for name, files in tiers.items()],
     }
+
+
+def _check_device(config: GenerateConfig, bench: Workbench, name: str, plan: Plan) -> None:
+    """Raises SampError for a plan that was made, and timed, on another device.
+
+    A plan without a device, or for an emulated one, was timed on none.
+    """
+    here = bench.device()
+    other = [
+        f"{key} {plan.device[key]}"
+        for key in ("cpu", "isa", "gpu")
+        if key in plan.device and key in here and plan.device[key] != here[key]
+    ]
+    if other and plan.device.get("gpu") != "emulated":
+        raise SampError(
+            "plan_mismatch",
+            f"{config.plans[name]} was made on another device: {', '.join(other)}",
+            ", ".join(f"{key} {here[key]}" for key in ("cpu", "isa", "gpu") if key in here),
+            f"plan again: {_again(config, plan.backend)}; or, if its latencies do not "
+            "matter, take `device` out of the plan",
+        )
+
+
+def _again(config: GenerateConfig, backend: str | None = None) -> str:
+    """The command that makes a plan for this model, backend and device."""
+    data = config.build.data.data if config.has_data else None
+    named = f" --backend {backend}" if backend else ""
+    return f"samp build --model {config.build.model} --data {data or 'ROWS'}{named}"
 
 
 def on_backend(bench: Workbench, backend: str) -> Workbench:

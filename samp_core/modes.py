@@ -6,11 +6,12 @@ full(k) saves, where int8 attention is what costs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from samp_kernels.interface import GEMM_SITES
 
+from samp_core import evaluate
 from samp_core.chain import FLOAT
 from samp_core.plan import Plan, SitePlan
 from samp_core.sensitivity import Score
@@ -68,3 +69,20 @@ def modes(
 def _within(site: str, layers: set[int], kinds: set[str]) -> bool:
     _, layer, kind = site.split(".")
     return int(layer) in layers and kind in kinds
+
+
+def correlations(scores: Iterable[Score]) -> dict[str, float | None]:
+    """Spearman's rank correlation of each cheap score with the measured KL; None for too few."""
+    kinds: Mapping[str, Callable[[Score], float | None]] = {
+        "fisher": lambda s: s.fisher,
+        "signed": lambda s: None if s.signed is None else abs(s.signed),
+        "signed_whole": lambda s: None if s.signed_whole is None else abs(s.signed_whole),
+        "sqnr": lambda s: -s.sqnr_db,
+    }
+    known = [score for score in scores if score.kl is not None]
+    result: dict[str, float | None] = {}
+    for name, value in kinds.items():
+        pairs = [(a, s.kl or 0.0) for s in known if (a := value(s)) is not None]
+        enough = len(pairs) >= 3
+        result[name] = round(evaluate.spearman(*zip(*pairs, strict=True)), 4) if enough else None
+    return result

@@ -7,19 +7,19 @@ are timed whole, so that the model of the device proposes and the device decides
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from samp_core import allocate, costs, evaluate, halves, milp, recipes, sensitivity
+from samp_core import allocate, costs, halves, milp, recipes, rivals, sensitivity
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
 from samp_core.chain import Node, chain, choice_of, path_cost, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
-from samp_core.modes import layer_order, modes
+from samp_core.modes import correlations, layer_order, modes
 from samp_core.plan import Plan, SitePlan
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
@@ -27,10 +27,10 @@ from samp_core.workbench import Split, Workbench
 
 LOOKS = 16
 """Plans of one staircase that are run over the search split."""
-RIVALS = 8
-"""Plans of other strategies that are, where the model has them near its own."""
-NEAR = 0.05
-"""Of two plans of one loss, the share of time by which the slower may still be as good."""
+OVER = 1.5
+"""Other strategies' steps are followed up to a bound of so many times the largest promise."""
+RIVALS = 12
+"""Plans that are because they stand for a step that another strategy would take."""
 HOPELESS = 0.1
 """A plan is not timed if another is safer and, as modelled, faster by more than this share."""
 STAMPING = 0.15
@@ -52,6 +52,9 @@ class Found:
     candidates: dict[str, Candidate]
     modelled: dict[str, dict[str, Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    rivals: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Other strategy -> the plans that stand for its steps: themselves, or what is faster and, as
+    modelled, no less safe."""
 
 
 class Search:
@@ -80,6 +83,8 @@ class Search:
         self.more: dict[str, dict[str, Score]] = {}
         self.losses: list[list[float]] = []
         self.table: costs.CostTable | None = None
+        self._stamped: costs.CostTable | None = None
+        self._misses: dict[str, dict[str, float]] = {}
         plain = plan_of(self._base, self.nodes, [0] * len(self.nodes))
         self._float = replace(plain, mode=FLOAT, scales={}, outliers={})
         self.modes: dict[str, Plan] = {}
@@ -107,6 +112,7 @@ class Search:
             self.table = costs.measured(
                 self._bench, self._base, self.nodes, self._split, self._config.mix, stop
             )
+            self._stamped = self.table
         if strategy != "samp" or order == "sensitivity":
             self._score(measured=strategy != "samp")
         layers = layer_order(order, self._full.layers, self.scores)
@@ -188,6 +194,10 @@ class Search:
         title = f"search: {name}" + (f" ({self._front()})" if name not in self.modes else "")
         return self._bench.logits(self._found.plans[name], self._split, title)
 
+    def _known(self, plan: Plan) -> bool:
+        """Whether it was looked at."""
+        return self._names.get(plan.key()) in self._found.candidates
+
     def _look(self, name: str, plan: Plan) -> Candidate | None:
         """The candidate of a plan by its modelled latency; None where the time is up.
 
@@ -232,32 +242,64 @@ class Search:
     def _time(self) -> None:
         """Whole plans on the device, all interleaved: the latencies that choices are made with.
 
-        What another plan beats in bound and clearly in modelled time keeps its modelled latency.
+        They correct the model of the device too, by which `milp` then solves once more; what that
+        adds is timed together with all the rest. What another plan beats in bound and clearly in
+        modelled time keeps its modelled latency.
         """
         found = self._found
+        measured = self._whole()
         if self.table is not None:
-            found.modelled[FLOAT] = self._modelled(found.plans[FLOAT])
-            ms = self._weigh(found.modelled[FLOAT]["latency_ms"])
-            found.candidates[FLOAT] = replace(found.candidates[FLOAT], latency_ms=ms)
-        found.candidates = {c.name: c for c in allocate.pooled(list(found.candidates.values()))}
-        hopeless = set() if self.table is None else self._hopeless()
-        plans = {name: plan for name, plan in found.plans.items() if name not in hopeless}
-        measured = self._bench.latencies(
-            plans, self._split, "measure latencies", tuple(self._config.mix)
-        )
+            self._correct(measured)
+            before = len(found.plans)
+            if self._config.strategy == "milp" and not self._clock.over():
+                self._propose(LOOKS // 2)
+            if len(found.plans) > before:
+                measured = self._whole()
+                self._correct(measured)
+        found.candidates = self._pooled()
         for name, candidate in found.candidates.items():
-            if name in plans:
+            if name in measured:
                 ms = self._weigh(measured[name])
                 found.candidates[name] = replace(candidate, latency_ms=ms)
             else:
                 found.candidates[name] = replace(candidate, timed=False)
 
+    def _pooled(self) -> dict[str, Candidate]:
+        return {c.name: c for c in allocate.pooled(list(self._found.candidates.values()))}
+
+    def _whole(self) -> dict[str, dict[str, float]]:
+        """name -> bucket -> measured milliseconds, of every plan but hopeless ones."""
+        if self.table is not None:
+            self._foretell()
+        hopeless = set() if self.table is None else self._hopeless()
+        plans = {name: plan for name, plan in self._found.plans.items() if name not in hopeless}
+        mix = tuple(self._config.mix)
+        return self._bench.latencies(plans, self._split, "measure latencies", mix)
+
+    def _foretell(self) -> None:
+        """Every candidate's latency by the table as it is now."""
+        found = self._found
+        for name, candidate in found.candidates.items():
+            found.modelled[name] = self._modelled(found.plans[name])
+            ms = self._weigh(found.modelled[name]["latency_ms"])
+            found.candidates[name] = replace(candidate, latency_ms=ms)
+
+    def _correct(self, measured: Mapping[str, Mapping[str, float]]) -> None:
+        """The stamped table by what whole plans took, and what every plan takes by that."""
+        assert self._stamped is not None
+        choices = [choice_of(self._found.plans[name], self.nodes) for name in measured]
+        whole = {b: [ms[b] for ms in measured.values()] for b in self._config.mix}
+        self.table = costs.corrected(self._stamped, self.nodes, choices, whole)
+        self._misses = costs.misses(self._stamped, self.nodes, choices, whole)
+        self._foretell()
+
     def _hopeless(self) -> set[str]:
         """Plans that need not be timed; the modes are, where a tier is chosen along them."""
-        ordered = sorted(self._found.candidates.values(), key=self._bound)
+        ordered = sorted(self._pooled().values(), key=self._bound)
         kept = {FLOAT, *self.baselines, self._names.get(self._full.key(), "")}
         if any(spec.free for spec in self._config.tiers.values()):
             kept |= set(self.modes)
+        kept |= {name for names in self._found.rivals.values() for name in names}
         hopeless, fastest = set(), float("inf")
         for candidate in ordered:
             if candidate.name not in kept and candidate.latency_ms * (1 - HOPELESS) > fastest:
@@ -277,7 +319,7 @@ class Search:
         """The staircase of fastest plans by loss, and near it what others would propose.
 
         KL adds up well enough (a plan's is 0.9 to 1.4 times its nodes' on recorded tasks) that
-        the staircase is solved once; each look then tells what a plan really loses.
+        losses need no correction; each look then tells what a plan really loses.
         """
         assert self.table is not None
         last = self._full.layers
@@ -285,21 +327,26 @@ class Search:
             whole = name.split("(")[1].startswith((f"{last})", f"{last},"))
             if whole or any(spec.free for spec in self._config.tiers.values()):
                 self._look(name, plan)
+        self._propose(LOOKS)
+
+    def _propose(self, most: int) -> None:
+        """Looks at so many new stairs at most, those near promises and ceilings, then at rivals."""
+        assert self.table is not None
         self._edges = self.table.weighted(self._config.mix)
         self.stairs = milp.staircase(self._edges, self.losses)
-        looked: dict[int, Candidate] = {}
+        left = most
 
         def look(index: int) -> Candidate | None:
-            if index not in looked and len(looked) < LOOKS:
-                plan = plan_of(self._base, self.nodes, self.stairs[index].choice)
-                made = self._look(f"milp-{plan.key()[:8]}", plan)
-                if made is not None:
-                    looked[index] = made
-            return looked.get(index)
+            nonlocal left
+            plan = plan_of(self._base, self.nodes, self.stairs[index].choice)
+            left -= not self._known(plan)
+            if left < 0 and not self._known(plan):
+                return None
+            return self._look(f"milp-{plan.key()[:8]}", plan)
 
         for share in SHARES:
             for promise in self._drop_limits:
-                last_fit(len(self.stairs), look, partial(self._fits, share * promise))
+                allocate.last_fit(len(self.stairs), look, partial(self._fits, share * promise))
         ceilings = {s.latency for s in self._config.tiers.values() if s.latency is not None}
         base = self._weigh(self.table.base_ms)
         total = sum(self._config.mix.values())
@@ -309,41 +356,52 @@ class Search:
             for index in (first, first + 1, first - 1):
                 if 0 <= index < len(self.stairs):
                     look(index)
-        for name, choice in self._rivals():
-            self._look(name, plan_of(self._base, self.nodes, choice))
+        self._found.rivals = self._rivals(base * total)
 
-    def _rivals(self) -> list[tuple[str, Sequence[int]]]:
-        """Modes and greedy's plans that are, as modelled, no more than NEAR slower than the stair
-        of their loss, and lose no more than the safest plan over every promise.
+    def _rivals(self, rest_ms: float) -> dict[str, tuple[str, ...]]:
+        """samp and greedy -> the plans looked at that stand for their steps, fastest first.
 
-        They are points of the same model, so that most are known to be no better without a look.
+        From where the strictest promise is surely held to the safest plan well over every one; at
+        most RIVALS that were not looked at before. rest_ms: what is no part of the edges.
         """
-        over = [
-            self._found.modelled[c.name]["kl"]
-            for c in self._found.candidates.values()
-            if c.name != FLOAT and self._drop_limits and self._bound(c) > self._drop_limits[-1]
-        ]
-        most = min(over, default=float("inf"))
-        near = []
-        modes = [(name, choice_of(plan, self.nodes)) for name, plan in self.modes.items()]
-        for name, choice in (*modes, *self._reverted()):
-            loss = milp.lost(self.losses, choice)
-            stair = min(s.cost for s in self.stairs if s.loss <= loss * (1 + 1e-9))
-            slower = path_cost(self._edges, choice) / stair - 1.0
-            if loss <= most and slower <= NEAR:
-                near.append((slower, name, choice))
-        return [(name, choice) for _, name, choice in sorted(near)[:RIVALS]]
-
-    def _reverted(self) -> list[tuple[str, tuple[int, ...]]]:
-        """All quantized, then the dearest node back in float, and so on: greedy's path."""
-        kl = sensitivity.estimated(self.scores)
+        modelled, candidates = self._found.modelled, self._pooled().values()
+        limits = self._drop_limits
+        made = [(c, modelled[c.name]["kl"]) for c in candidates if c.name != FLOAT and limits]
+        most = min(
+            (kl for c, kl in made if self._bound(c) > OVER * limits[-1]), default=float("inf")
+        )
+        safe = [kl for c, kl in made if self._bound(c) <= allocate.SAFE * limits[0]]
         back = int(bool(self.halves))  # to fp16 where it is there
-        choice = [len(node.options) - 1 for node in self.nodes]
-        place = {node.name: index for index, node in enumerate(self.nodes)}
-        found = [("greedy(0)", tuple(choice))]
-        for count, name in enumerate(sorted(kl, key=lambda name: -kl[name]), start=1):
-            choice[place[name]] = back
-            found.append((f"greedy({count})", tuple(choice)))
+        kl = sensitivity.estimated(self.scores)
+        proposed = {
+            "samp": [
+                (name, choice_of(plan, self.nodes))
+                for name, plan in self.modes.items()
+                if not name.startswith("gemms")
+            ],
+            "greedy": rivals.reverted(kl, self.nodes, back),
+        }
+        left, found = RIVALS, {}
+        for who, named in proposed.items():
+            points = [
+                rivals.Point(
+                    name, choice, milp.lost(self.losses, choice),
+                    path_cost(self._edges, choice) + rest_ms,
+                )
+                for name, choice in named
+            ]  # fmt: skip
+            stand: list[str] = []
+            for point in reversed(rivals.steps(points, max(safe, default=0.0), most)):
+                best = rivals.stand_in(point, self.stairs, rest_ms)
+                plan = plan_of(self._base, self.nodes, best.choice)
+                left -= not self._known(plan)
+                if left < 0 and not self._known(plan):
+                    continue
+                name = point.name if best is point else f"milp-{plan.key()[:8]}"
+                candidate = self._look(name, plan)
+                if candidate is not None:
+                    stand.append(candidate.name)
+            found[who] = tuple(dict.fromkeys(stand))
         return found
 
     def _greedy(self) -> None:
@@ -351,7 +409,8 @@ class Search:
 
         As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline.
         """
-        for name, choice in self._reverted():
+        kl = sensitivity.estimated(self.scores)
+        for name, choice in rivals.reverted(kl, self.nodes, int(bool(self.halves))):
             made = self._look(name, plan_of(self._base, self.nodes, choice))
             enough = SHARES[-1] * min(self._drop_limits, default=0.0)
             if made is None or (self._drop_limits and self._bound(made) <= enough):
@@ -422,6 +481,8 @@ class Search:
                 for bucket in buckets
             },
             "modelled": self._found.modelled,
+            "misses": self._misses,
+            "rivals": self._found.rivals,
         }
 
 
@@ -434,41 +495,3 @@ def listed(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
 def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:
     """Mean of a latency by bucket under the weights of a mix."""
     return sum(mix[bucket] * ms[bucket] for bucket in mix) / sum(mix.values())
-
-
-def last_fit(
-    count: int, look: Callable[[int], Candidate | None], fits: Callable[[Candidate], bool]
-) -> int:
-    """By halves, the last of `count` places that fits; -1 where none was found to.
-
-    A place that could not be looked at ends the search.
-    """
-    low, high = -1, count
-    middle = count - 1  # the fastest of all may do
-    while low < middle < high:
-        made = look(middle)
-        if made is None:
-            break
-        if fits(made):
-            low = middle
-        else:
-            high = middle
-        middle = (low + high) // 2
-    return low
-
-
-def correlations(scores: Iterable[Score]) -> dict[str, float | None]:
-    """Spearman's rank correlation of each cheap score with the measured KL; None for too few."""
-    kinds: Mapping[str, Callable[[Score], float | None]] = {
-        "fisher": lambda s: s.fisher,
-        "signed": lambda s: None if s.signed is None else abs(s.signed),
-        "signed_whole": lambda s: None if s.signed_whole is None else abs(s.signed_whole),
-        "sqnr": lambda s: -s.sqnr_db,
-    }
-    known = [score for score in scores if score.kl is not None]
-    result: dict[str, float | None] = {}
-    for name, value in kinds.items():
-        pairs = [(a, s.kl or 0.0) for s in known if (a := value(s)) is not None]
-        enough = len(pairs) >= 3
-        result[name] = round(evaluate.spearman(*zip(*pairs, strict=True)), 4) if enough else None
-    return result

@@ -7,8 +7,7 @@ scores that order the work, and stand in for what a time budget leaves unmeasure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -144,27 +143,17 @@ class _Prefixes:
         session = self._bench.loop_session(self._plan)
         step = self._bench.progress("sensitivity: float layers", len(packed))
         starts = []
-        for made in self._each(session.layer_inputs, [batch for batch, _ in packed]):
+        for made in self._bench.each(session.layer_inputs, [batch for batch, _ in packed]):
             starts.append(made)
             step()
         return starts
-
-    def _each(self, do: Callable[[Any], Any], some: Sequence[Any]) -> Iterator[Any]:
-        """`do` of each, in their order. One op of the native backend runs on one thread, so that
-        batches side by side fill the cores; the other backends' ops do by themselves.
-        """
-        if self._bench.backend_name != "cpu":
-            yield from map(do, some)
-            return
-        with ThreadPoolExecutor(self._bench.threads) as pool:
-            yield from pool.map(do, some)
 
     def _logits(self, plan: Plan, layer: int) -> F32:
         head = self._bench.head
         session = self._bench.loop_session(plan)
         output = head.encoder_output
         kept = [starts[layer] for starts in self._starts]
-        features = list(self._each(lambda start: session.run_from(start, output), kept))
+        features = list(self._bench.each(lambda start: session.run_from(start, output), kept))
         if head.rows is not None:  # a token head's linear layer ran in the encoder
             return np.concatenate(features)
         return np.concatenate([head.logits(self._bench.head_weights, f) for f in features])[

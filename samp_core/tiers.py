@@ -108,17 +108,24 @@ def choose(
     candidates: Mapping[str, Candidate],
     verifier: Verifier,
     stop: Callable[[], bool] = lambda: False,
+    rivals: Mapping[str, Sequence[str]] | None = None,
 ) -> Choice:
     """The plan of one tier, by its wish; verified where it promises a drop.
 
-    After `stop` no further plan is run over the verification rows but a tier's first.
+    After `stop` no further plan is run over the verification rows but a tier's first. rivals: names
+    of candidates that stand for other strategies' plans, see allocate.drop_sequence.
     """
     reference = candidates[FLOAT]
     timed = [c for c in candidates.values() if c.timed]
     faster = [c for c in timed if c.latency_ms < reference.latency_ms]
     everything = [reference, *faster]
     if spec.drop is not None:
-        return _by_drop(tier, spec, reference, everything, verifier, stop)
+        by_name = {c.name: c for c in everything}
+        theirs = [
+            [by_name[name] for name in names if name in by_name]
+            for names in (rivals or {}).values()
+        ]
+        return _by_drop(tier, spec, reference, everything, verifier, stop, theirs)
     if spec.latency is not None:
         chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, verifier.alpha)
         if chosen is not None:
@@ -135,6 +142,20 @@ def choose(
     ]
     best = min(recommended, key=lambda c: c.latency_ms)
     return Choice(tier, spec, best.name, (), True)
+
+
+def near_ones(choice: Choice, candidates: Mapping[str, Candidate]) -> list[str]:
+    """The plan served and those that passed, too, and are so near in time that noise may decide."""
+    most = candidates[choice.plan].latency_ms * (1.0 + 2.0 * allocate.STEP)
+    passed = [name for name, test in choice.tests if test.passed]
+    return [n for n in dict.fromkeys([*passed, choice.plan]) if candidates[n].latency_ms <= most]
+
+
+def fastest(choice: Choice, again: Mapping[str, float]) -> Choice:
+    """The choice with the fastest plan that passed, by times measured again, in turns."""
+    passed = [name for name, test in choice.tests if test.passed and name in again]
+    best = min(passed, key=lambda name: again[name], default=choice.plan)
+    return replace(choice, plan=best) if again[best] < again[choice.plan] else choice
 
 
 def recheck(choice: Choice, latency_ms: float, float_ms: float = math.inf) -> Choice:
@@ -166,13 +187,15 @@ def _by_drop(
     candidates: Sequence[Candidate],
     verifier: Verifier,
     stop: Callable[[], bool],
+    rivals: Sequence[Sequence[Candidate]],
 ) -> Choice:
     assert spec.drop is not None
     promise = spec.drop / 100.0
     n = verifier.n
     sequence = allocate.drop_sequence(
-        candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=verifier.alpha
-    )
+        candidates, reference, promise, n,
+        ceiling_ms=spec.latency, alpha=verifier.alpha, rivals=rivals,
+    )  # fmt: skip
     notes: list[str] = []
 
     def until_late() -> Iterator[str]:
@@ -202,12 +225,35 @@ def _by_drop(
             )
     if spec.latency is not None and result.served is None and reference.latency_ms > spec.latency:
         met = False
-        fastest = min(candidates, key=lambda c: c.latency_ms)
         notes.append(
             f"tier {tier}: no plan holds {spec.drop:g} points within {spec.latency:g} ms; exact "
-            f"takes {reference.latency_ms:.2f} ms, the fastest plan ({fastest.name}) "
-            f"{fastest.latency_ms:.2f} ms; exact's plan is served"
+            f"takes {reference.latency_ms:.2f} ms; {_nearest(spec, candidates, result.tests)}; "
+            "exact's plan is served"
         )
     elif result.served is None:
         notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
     return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
+
+
+def _nearest(
+    spec: TierSpec,
+    candidates: Sequence[Candidate],
+    tests: Sequence[tuple[str, evaluate.DropTest]],
+) -> str:
+    """Which plan comes nearest to a drop within a ceiling that none holds, and what it misses."""
+    assert spec.drop is not None
+    assert spec.latency is not None
+    by_name = {c.name: c for c in candidates}
+    if tests:
+        name, test = min(tests, key=lambda found: found[1].bound)
+        bound = 100 * test.bound
+        return (
+            f"nearest is {name}: {by_name[name].latency_ms:.2f} ms, and its bound of {bound:.2f} "
+            f"points misses the promise by {bound - spec.drop:.2f}"
+        )
+    fastest = min(candidates, key=lambda c: c.latency_ms)
+    over = fastest.latency_ms - spec.latency
+    return (
+        f"nearest is {fastest.name}, the fastest: {fastest.latency_ms:.2f} ms miss the ceiling by "
+        f"{over:.2f}"
+    )

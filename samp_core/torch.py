@@ -53,7 +53,7 @@ def wrap(hf_model: Any, plan: Plan | Path | str, *, threads: int | None = None) 
             "plan_mismatch",
             f"a plan for the checkpoint {chosen.model_sha256[:12]}",
             f"one for {where} ({found[:12]})",
-            "build the plan for this checkpoint",
+            f"plan again: samp build --model {where} --data ROWS",
         )
     state = {
         name: np.array(value.detach().to("cpu", torch.float32))  # a copy: theirs may change

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,7 +181,7 @@ class Workbench:
             packed = [batch for batch, _ in batches(self.pieces(split))]
             step = self.progress("calibrate: activation ranges", 2 * len(packed))
             output = self.head.encoder_output
-            return calibrate.observe(session, packed, output, self.backend.to_host, step)
+            return calibrate.observe(session, packed, output, self.backend.to_host, step, self.each)
 
         return self.cache.arrays("ranges", self.key(plan, split), make)
 
@@ -199,6 +200,10 @@ class Workbench:
                 made = np.concatenate([t[f] for t, f in zip(tokens, firsts, strict=True)])
             self._check_executed(session, plan)
             if not np.isfinite(made).all():
+                if plan.key() == self.base_plan().key():  # this one names the site
+                    some = [batch for batch, _ in packed]
+                    session, output = self.loop_session(plan), self.head.encoder_output
+                    calibrate.observe(session, some, output, self.backend.to_host, each=self.each)
                 raise SampError(
                     "not_finite", f"{title}: the logits hold NaN or infinity", "finite logits",
                     "check the checkpoint",
@@ -252,6 +257,16 @@ class Workbench:
         if not self.sample:
             return {}
         return {"sample": {b.name: np.diff(b.batch.cu_seqlens).tolist() for b in self.sample}}
+
+    def each(self, do: Callable[[Any], Any], some: Sequence[Any]) -> Iterator[Any]:
+        """`do` of each, in their order. One op of the native backend runs on one thread, so that
+        batches side by side fill the cores; the other backends' ops do by themselves.
+        """
+        if self.backend_name != "cpu":
+            yield from map(do, some)
+            return
+        with ThreadPoolExecutor(self.threads) as pool:
+            yield from pool.map(do, some)
 
     def close(self) -> None:
         self._sessions.clear()

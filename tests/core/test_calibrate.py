@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -86,6 +89,25 @@ def test_two_passes_a_batch_and_progress() -> None:
     steps: list[int] = []
     calibrate.observe(session(), BATCHES, "first", np.asarray, lambda: steps.append(1))
     assert len(steps) == 2 * len(BATCHES)
+
+
+def test_batches_side_by_side_give_the_same() -> None:
+    """In threads that end in any order, the ranges are those of one by one."""
+    backwards = iter([0.06, 0.03, 0.0] * 2)
+
+    def slow(batch: Batch, do: Any, wait: float) -> Any:
+        time.sleep(wait)
+        return do(batch)
+
+    def each(do: Any, batches: Any) -> Any:
+        with ThreadPoolExecutor(3) as pool:
+            return list(pool.map(lambda b, w: slow(b, do, w), batches, list(islice(backwards, 3))))
+
+    plain = observe()
+    found = calibrate.observe(session(), BATCHES, "tokens", np.asarray, each=each)
+    assert found.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,8 @@ def test_what_the_backend_lacks_is_refused(built: Path, tmp_path: Path) -> None:
     assert "layer.1.scores int8" in line
     assert "allowed: fp32" in line
     assert str(mine) in line
+    assert "plan again for this backend: samp build --model" in line
+    assert "--backend onednn" in line
     assert not (tmp_path / "out" / "current").exists()
 
 
@@ -182,6 +184,7 @@ def test_the_plan_of_another_checkpoint(built: Path, tmp_path: Path) -> None:
     assert line.startswith("samp: plan_mismatch: ")
     assert sha[:12] in line
     assert str(other) in line
+    assert f"plan again: samp build --model {other} --data ROWS" in line
     assert not (tmp_path / "out" / "current").exists()
 
 
@@ -224,6 +227,25 @@ def test_an_int8_plan_edited_to_fp8(built: Path, tmp_path: Path) -> None:
     done = generate(tmp_path / "cpu", other, more=("--data", small().data))
     assert done.code == 1
     assert "onednn gemm: layer.0.ffn_in fp8 static; allowed: fp32" in done.err.splitlines()[-1]
+
+
+def test_the_plan_of_another_device(built: Path, tmp_path: Path) -> None:
+    """Its latencies are not this machine's; without a device it claims none."""
+    isa = json.loads(plan_file(built, "fast").read_text())["device"]["isa"]
+
+    def other(plan: Json) -> None:
+        plan["device"]["isa"] = "sse9"
+
+    mine = edited(built, tmp_path / "mine.json", other)
+    line = error(generate(tmp_path / "out", mine))
+    assert line.startswith(f"samp: plan_mismatch: {mine} was made on another device: isa sse9; ")
+    assert f"isa {isa}" in line
+    backend = json.loads(mine.read_text())["backend"]
+    assert f"plan again: samp build --model {small().checkpoint} --data ROWS" in line
+    assert f"--backend {backend}" in line
+    assert not (tmp_path / "out" / "current").exists()
+    bare = edited(built, tmp_path / "bare.json", lambda plan: plan.pop("device"))
+    assert generate(tmp_path / "out", bare).code == 0
 
 
 def test_scales_are_calibrated_from_data(built: Path, tmp_path: Path) -> None:

@@ -68,6 +68,51 @@ def planned(folder: Path, kind: Any = "float", layers: int = 0) -> Plan:
     return mode_plan(plan, kind, layers, able, Recipe())
 
 
+MPNET = Path(__file__).resolve().parents[2] / ".demo" / "twelve_layers" / "mpnet"
+REVIEWS = (
+    "a quiet, beautifully observed film that earns every one of its tears .",
+    "dull .",
+    "too long by half and far too pleased with its own jokes .",
+    "the cast is better than the script deserves , and almost saves it .",
+    "one of the year's best .",
+    "nothing here that a hundred better thrillers have not done before , and with more wit .",
+)
+
+
+@pytest.mark.skipif(
+    not (MPNET / "training.json").is_file(),
+    reason="no .demo/twelve_layers/mpnet: python examples/twelve_layers/prepare.py mpnet",
+)
+def test_real_weights_of_twelve_layers() -> None:
+    """all-mpnet-base-v2 with its head: float is the model itself, int8 everywhere stays near."""
+    model = SEQUENCE.from_pretrained(MPNET).eval()
+    tokens = transformers.AutoTokenizer.from_pretrained(MPNET)(
+        list(REVIEWS), padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        wanted = model(**tokens).logits.numpy()
+    checkpoint = load_checkpoint(MPNET)
+    plan = replace(float_plan(checkpoint), backend=NAME)
+    fast = samp_core.torch.wrap(model, plan)
+    np.testing.assert_allclose(fast(**tokens).logits.numpy(), wanted, rtol=0, atol=1e-4)
+    assert set(fast.executed().values()) == {"fp32"}
+
+    session = LoopSession(backend(NAME), checkpoint.config, checkpoint.tensors, plan)
+    encoded = TextEncoder.load(MPNET).encode(list(REVIEWS))
+    batch = pack_batch(
+        [e.ids for e in encoded], [e.types for e in encoded],
+        position_offset=checkpoint.config.position_offset,
+    )  # fmt: skip
+    ranges = calibrate.observe(session, [batch], "first", backend(NAME).to_host)
+    scaled = replace(plan, scales=calibrate.scales(ranges, Recipe()))
+    sites = SITES if NAME == "cpu" else ("qkv", "out", "ffn_in", "ffn_out")
+    full = samp_core.torch.wrap(model, mode_plan(scaled, "full", 12, sites, Recipe()))
+    found = full(**tokens).logits.numpy()
+    int8 = [site for site, ran in full.executed().items() if ran == "int8"]
+    assert len(int8) == 12 * len(sites)
+    assert 0.0 < np.abs(found - wanted).max() < 0.25 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("auto", AUTOS)
 def test_float_is_the_model_itself(family: str, auto: str, tmp_path: Path) -> None:
