@@ -103,7 +103,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
 def _check_device(config: GenerateConfig, bench: Workbench, name: str, plan: Plan) -> None:
     """Raises SampError for a plan that was made, and timed, on another device.
 
-    A plan without a device, or for an emulated one, was timed on none.
+    A plan without a device was timed on none, and neither it nor this machine is one where the GPU
+    is emulated: the repository may be meant for a machine that has it.
     """
     here = bench.device()
     other = [
@@ -111,7 +112,7 @@ def _check_device(config: GenerateConfig, bench: Workbench, name: str, plan: Pla
         for key in ("cpu", "isa", "gpu")
         if key in plan.device and key in here and plan.device[key] != here[key]
     ]
-    if other and plan.device.get("gpu") != "emulated":
+    if other and "emulated" not in (plan.device.get("gpu"), here.get("gpu")):
         raise SampError(
             "plan_mismatch",
             f"{config.plans[name]} was made on another device: {', '.join(other)}",
