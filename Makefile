@@ -85,8 +85,9 @@ demo-checkpoint: $(VENV)/.native ## the demo's checkpoint: trained once, 2 to 4 
 demo: demo-checkpoint ## build tiers, serve them, call, compare and load them; prints one table
 	@$(BIN)/python -m samp_core.demo
 
+# All of them by two workers; a choice of them by one process, in order.
 test: demo-checkpoint ## every test that this machine can run
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest $(or $(PYTEST),--numprocesses 2)
 
 chaos: demo-checkpoint ## bad input, kills, full disks, a soak, overload: about 15 minutes
 	@PYTHONPATH=tests:benchmarks $(BIN)/python tests/chaos/run.py $(CHAOS)
