@@ -253,7 +253,7 @@ def test_kill_9_of_everything_is_swept_up_by_the_next_start(tiny_out: Path, serv
 
 
 def test_shared_memory_stops_growing(tmp_path: Path) -> None:
-    """It grows with the largest batch, not with their number: 64 callers of 64 texts, four times."""
+    """It grows with the largest batch, not with their number: 64 callers of 64 texts, 4 times."""
     write_tiny(tmp_path, backend=choose_backend("auto"))
 
     def size(started: Server) -> int:
