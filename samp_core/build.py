@@ -23,6 +23,7 @@ from samp_core.backends import choose_backend, unused_gpu
 from samp_core.budget import Clock, forget_best
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
+from samp_core.costs import weigh
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.errors import SampError, UsageError
 from samp_core.latency import SINGLE, foretold
@@ -32,7 +33,7 @@ from samp_core.observed import observed
 from samp_core.plan import Plan, SitePlan, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
-from samp_core.search import Found, Search, weigh
+from samp_core.search import Found, Search
 from samp_core.text import TextEncoder
 from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, fastest, near_ones, recheck
 from samp_core.workbench import (

@@ -303,3 +303,8 @@ def _stamp(
         progress()
     medians = [np.median(np.array(rows), axis=0).tolist() for rows in stamps]
     return medians, [float(np.median(values)) for values in whole]
+
+
+def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:
+    """Mean of a latency by bucket under the weights of a mix."""
+    return sum(mix[bucket] * ms[bucket] for bucket in mix) / sum(mix.values())

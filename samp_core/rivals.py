@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from samp_core.allocate import STEP
-from samp_core.chain import Node
-from samp_core.milp import Solution
+from samp_core.chain import Node, path_cost
+from samp_core.milp import Solution, lost
 
 NEAR = 0.05
 """Of two plans of one loss, the share of time by which the slower may still be as good."""
@@ -37,6 +37,19 @@ def reverted(
         choice[place[name]] = back
         found.append((f"greedy({count})", tuple(choice)))
     return found
+
+
+def points(
+    named: Sequence[tuple[str, tuple[int, ...]]],
+    losses: Sequence[Sequence[float]],
+    edges: Sequence[Sequence[Sequence[float]]],
+    rest_ms: float,
+) -> list[Point]:
+    """Choices as the model has them. rest_ms: what a pass costs beside the edges."""
+    return [
+        Point(name, choice, lost(losses, choice), path_cost(edges, choice) + rest_ms)
+        for name, choice in named
+    ]
 
 
 def steps(points: Sequence[Point], least: float, most: float) -> list[Point]:

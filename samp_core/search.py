@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from samp_core import allocate, costs, halves, milp, recipes, rivals, sensitivit
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
-from samp_core.chain import Node, chain, choice_of, path_cost, plan_of
+from samp_core.chain import Node, chain, choice_of, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
 from samp_core.modes import correlations, layer_order, modes
@@ -231,7 +231,7 @@ class Search:
         return {"latency_ms": latency, "kl": milp.lost(self.losses, choice)}
 
     def _weigh(self, ms: Mapping[str, float]) -> float:
-        return weigh(ms, self._config.mix)
+        return costs.weigh(ms, self._config.mix)
 
     def _bound(self, candidate: Candidate) -> float:
         return allocate.predicted_bound(candidate, self._n, self._config.alpha)
@@ -373,23 +373,14 @@ class Search:
         safe = [kl for c, kl in made if self._bound(c) <= allocate.SAFE * limits[0]]
         back = int(bool(self.halves))  # to fp16 where it is there
         kl = sensitivity.estimated(self.scores)
+        own = {name: plan for name, plan in self.modes.items() if not name.startswith("gemms")}
         proposed = {
-            "samp": [
-                (name, choice_of(plan, self.nodes))
-                for name, plan in self.modes.items()
-                if not name.startswith("gemms")
-            ],
+            "samp": [(name, choice_of(plan, self.nodes)) for name, plan in own.items()],
             "greedy": rivals.reverted(kl, self.nodes, back),
         }
         left, found = RIVALS, {}
         for who, named in proposed.items():
-            points = [
-                rivals.Point(
-                    name, choice, milp.lost(self.losses, choice),
-                    path_cost(self._edges, choice) + rest_ms,
-                )
-                for name, choice in named
-            ]  # fmt: skip
+            points = rivals.points(named, self.losses, self._edges, rest_ms)
             stand: list[str] = []
             for point in reversed(rivals.steps(points, max(safe, default=0.0), most)):
                 best = rivals.stand_in(point, self.stairs, rest_ms)
@@ -474,8 +465,10 @@ class Search:
             "nodes": len(self.scores),
             "measured": sum(score.kl is not None for score in self.scores.values()),
             "rank_correlation": correlations(self.scores.values()),
-            "sites": listed(self.scores),
-            "more": {precision: listed(scores) for precision, scores in self.more.items()},
+            "sites": sensitivity.listed(self.scores),
+            "more": {
+                precision: sensitivity.listed(scores) for precision, scores in self.more.items()
+            },
             "costs": {
                 bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets
@@ -484,14 +477,3 @@ class Search:
             "misses": self._misses,
             "rivals": self._found.rivals,
         }
-
-
-def listed(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
-    """Scores as build.json has them, with what each site is taken to lose."""
-    kl = sensitivity.estimated(scores)
-    return [{**asdict(score), "estimate": kl[name]} for name, score in scores.items()]
-
-
-def weigh(ms: Mapping[str, float], mix: Mapping[str, float]) -> float:
-    """Mean of a latency by bucket under the weights of a mix."""
-    return sum(mix[bucket] * ms[bucket] for bucket in mix) / sum(mix.values())

@@ -292,3 +292,9 @@ class _Cheap:
             *mean("signed"),
             *mean("signed_whole"),
         )
+
+
+def listed(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
+    """Scores as build.json has them, with what each site is taken to lose."""
+    kl = estimated(scores)
+    return [{**asdict(score), "estimate": kl[name]} for name, score in scores.items()]

@@ -24,13 +24,13 @@ from samp_core.budget import Clock
 from samp_core.build import open_workbench, plan_modes, read_splits
 from samp_core.chain import chain, choice_of, path_cost
 from samp_core.config import BuildConfig, load_config
-from samp_core.costs import CostTable
+from samp_core.costs import CostTable, weigh
 from samp_core.evaluate import spearman
 from samp_core.lower_loss import loss_report
 from samp_core.metrics import Accuracy
 from samp_core.modes import correlations
 from samp_core.plan import Plan, Recipe
-from samp_core.search import Found, Search, weigh
+from samp_core.search import Found, Search
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench, silent

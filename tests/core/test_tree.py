@@ -287,5 +287,5 @@ def test_ci_is_a_valid_script() -> None:
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "set -euo pipefail" in script.read_text()
-    targets = re.findall(r"^step \w+ make ([a-z-]+)$", script.read_text(), re.M)
-    assert targets == ["venv", "lint", "test", "sanitize", "demo"]
+    targets = re.findall(r"^(?:step|beside) \w+ make ([a-z-]+)$", script.read_text(), re.M)
+    assert targets == ["venv", "lint", "demo-checkpoint", "test", "sanitize", "demo"]

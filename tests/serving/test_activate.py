@@ -167,14 +167,14 @@ def test_builds_in_turn_under_load(tmp_path: Path, serve: Any) -> None:
     assert "damaged_repository: model encoder_tiny_exact" in done.lines[0]
     weights.write_bytes(good)
     plan = b / "models/encoder_tiny_exact/1/plan.json"
-    plan.write_text(plan.read_text().replace('"fp32"', '"fp8"', 1))
+    plan.write_text(plan.read_text().replace('"fp32"', '"bf16"', 1))
     _rehash(b, plan.parent)
     caller = Caller("grpc", served, "tiny_exact")
     done = samp("activate", out, "--build", b.name)
     assert done.code == 1
     assert len(done.lines) == 1
     assert "encoder_tiny_exact" in done.lines[0]
-    assert "fp8" in done.lines[0]
+    assert "bf16" in done.lines[0]
     caller.stop()
     assert caller.failures == []
     assert all(near(answer, sides) == [True, False] for answer in caller.answers)

@@ -494,13 +494,13 @@ def test_what_a_model_raises_at_load_is_one_line(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)
     encoder = folder / "models/encoder_tiny_exact/1"
     text = (encoder / "plan.json").read_text()
-    (encoder / "plan.json").write_text(text.replace('"fp32"', '"fp8"', 1))
+    (encoder / "plan.json").write_text(text.replace('"fp32"', '"bf16"', 1))
     _rehash(folder, encoder)
     with pytest.raises(SampError) as caught:
         Server.start(tmp_path)
     message = str(caught.value)
     assert "model encoder_tiny_exact" in message
-    assert "fp8" in message
+    assert "bf16" in message
     assert "allowed" in message
     assert "\n" not in message
     assert ".py" not in message
