@@ -8,6 +8,7 @@ op runs on one thread.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,6 +53,12 @@ class PackedWeight:
     """`outlier_weight` transposed, [k, out]."""
 
 
+class _Ran(threading.local):
+    """What the last op of this thread ran: ops of several batches may run side by side."""
+
+    ran: tuple[str, ...] = ()
+
+
 class CpuBackend:
     """Every site in fp32 or int8, per-token scales, the outlier split."""
 
@@ -64,7 +71,15 @@ class CpuBackend:
             got, _, allowed = str(error).partition("; ")
             raise KernelError("cpu", got, allowed) from None
         self.threads = threads
-        self.ran: tuple[str, ...] = ()
+        self._last = _Ran()
+
+    @property
+    def ran(self) -> tuple[str, ...]:
+        return self._last.ran
+
+    @ran.setter
+    def ran(self, ran: tuple[str, ...]) -> None:
+        self._last.ran = ran
 
     def capabilities(self) -> frozenset[tuple[str, str, str]]:
         base = {("gemm", "fp32", ""), ("gemm", "residual", ""), ("gemm", "outliers", "")}

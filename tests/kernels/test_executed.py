@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,3 +228,20 @@ def products(log: str) -> Iterator[Product]:
         inputs, outputs = (int(number) for number in shape.groups() if number)
         kernel = line.split(",exec,cpu,")[1].split(",")[1]
         yield Product(kernel, (source[1], weight[1]), (outputs, inputs))
+
+
+def test_what_an_op_ran_is_told_to_its_own_thread() -> None:
+    """Calibration and sensitivities run batches side by side over the ops of one backend."""
+    made = pytest.importorskip("samp_kernels.cpu.backend", exc_type=ImportError).CpuBackend()
+    made.ran = ("fp32", "fp32")
+    seen = []
+
+    def other() -> None:
+        seen.append(made.ran)
+        made.ran = ("int8",)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert seen == [()]
+    assert made.ran == ("fp32", "fp32")
