@@ -32,6 +32,7 @@ KINDS = {
     "lower-loss": ("lower-loss", "triangle-down", "#8a6d00"),
     "ffn_only": ("SAMP ffn_only(k)", "square-open", "#8a5a83"),
     "full": ("SAMP full(k)", "diamond-open", "#8a5a83"),
+    "gemms": ("gemms(k): full(k), attention in float", "cross-thin-open", "#8a5a83"),
     "": ("other plans", "x-thin-open", "#8a94a3"),
 }
 
@@ -180,8 +181,10 @@ def _promises(facts: Facts) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
             unit = "points" if kind == "drop" else "ms"
             words.append(
                 {
-                    f"{along}ref": "paper", along: 1 if kind == "drop" else 0, across: limit,
-                    "xanchor": "right", "yanchor": "bottom", "showarrow": False,
+                    # A drop's words stand left, where no plan is: all take some time.
+                    f"{along}ref": "paper", along: 0, across: limit,
+                    "xanchor": "left" if kind == "drop" else "right",
+                    "yanchor": "bottom", "showarrow": False,
                     "font": {"size": 11, "color": QUIET},
                     "text": html.escape(f"promise of {names}: at most {limit:g} {unit}"),
                 }

@@ -176,7 +176,7 @@ def _hidden_plans(facts: Facts) -> Html:
             (
                 c.name,
                 summaries.get(c.name, "-"),
-                say.ms(c.latency_ms),
+                say.ms(c.latency_ms) if c.timed else "not timed",
                 "-" if told is None else say.ms(told),
                 f"{100 * c.accuracy:.2f}",
                 say.signed(100 * c.drop),
@@ -287,7 +287,21 @@ def latency(facts: Facts, figures: Figures) -> Html:
         f"turns. Foretold: for {say.batch(facts)}, before the plan was "
         "chosen, at the pace of exact when all were measured."
     )
-    return join([*parts, table(heads, rows, caption=caption)])
+    return join([*parts, table(heads, rows, caption=caption), *_foretelling(facts)])
+
+
+def _foretelling(facts: Facts) -> list[Html]:
+    """How well the model of the device foretells whole plans, where that was looked at."""
+    return [
+        tag(
+            "p",
+            f"Batch of {bucket}: of {found['plans']:.0f} whole plans each is foretold by the "
+            f"others within {100 * found['largest']:.1f}% (median {100 * found['median']:.1f}%); "
+            f"by time stamps of single sites alone within {100 * found['stamped_largest']:.1f}%.",
+            cls="quiet",
+        )
+        for bucket, found in (facts.search.get("misses") or {}).items()
+    ]
 
 
 def plans(facts: Facts, figures: Figures) -> Html:
