@@ -64,14 +64,13 @@ def target(
     header: list[str] | None,
 ) -> Target:
     """UsageError for a header without its value."""
-    from samp_client import Tls
+    from samp_client import BadRequest, Tls
+    from samp_client.security import parse_headers
 
-    headers: dict[str, str] = {}
-    for given in header or ():
-        field, found, value = given.partition("=")
-        if not found:
-            raise UsageError("usage", f"--header {given}", "NAME=VALUE", "write both")
-        headers[field.strip()] = value
+    try:
+        headers = parse_headers(header or ())
+    except BadRequest as error:
+        raise UsageError("usage", error.given, error.allowed, error.fix) from None
     secured = Tls(ca, cert, key, server_name) if tls or ca or cert or key or server_name else None
     options = {"model": name, "timeout_s": timeout, "tls": secured, "headers": headers}
     address = url or ("127.0.0.1:8000" if http else "127.0.0.1:8001")
