@@ -177,6 +177,15 @@ def test_a_key_for_http(keyed: Secured) -> None:
     assert seen.code == 0, seen.out
     assert seen.json[0]["tiers"][0]["answers"]
     assert server.activate(out, again=True)["loads"] == 4
+    # Another user, or another machine, knows no more than the address.
+    stranger = {"env": {"XDG_CACHE_HOME": str(keyed.folder / "nobody")}}
+    seen = forks().samp("status", server.http, **stranger)
+    assert (seen.code, len(seen.lines)) == (1, 1)
+    assert "--header samp-key=..." in seen.err
+    header = ("--header", f"samp-key={KEY}")
+    seen = forks().samp("status", server.http, *header, "--json", **stranger)
+    assert seen.code == 0, seen.err
+    assert seen.json[0]["tiers"][0]["answers"]
 
 
 def test_a_key_that_no_header_can_carry(tmp_path: Path) -> None:
