@@ -42,7 +42,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check gpu-bundle bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-tasks bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check gpu-bundle bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-refusals bench-tasks bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -132,6 +132,9 @@ bench-calibration: demo-checkpoint ## what every calibrator and activation scale
 
 bench-tokenizer: demo-checkpoint ## texts/s of one thread of each kind of tokenizer, beside transformers
 	@$(BIN)/python benchmarks/tokenizer.py $(BENCH)
+
+bench-refusals: demo-checkpoint ## CPU of a refused request, beside what Triton takes by itself
+	@$(BIN)/python benchmarks/refusals.py $(BENCH)
 
 bench-serving: demo-checkpoint ## the demo's tiers beside a plain Triton model
 	@$(BIN)/python benchmarks/serving.py $(BENCH)

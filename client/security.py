@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,17 @@ class Tls:
             given = "a certificate without its key" if self.key is None else "a key alone"
             raise BadRequest(given, "both cert and key, or neither", "name the other file, too")
         return _pem("ca", self.ca), _pem("key", self.key), _pem("cert", self.cert)
+
+
+def parse_headers(given: Iterable[str]) -> dict[str, str]:
+    """Headers from "NAME=VALUE" each, as command lines have them. BadRequest for any other."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise BadRequest(f"--header {text}", "NAME=VALUE", "write both")
+        found[name.strip()] = value
+    return found
 
 
 def check_headers(headers: Mapping[str, str] | None) -> dict[str, str]:

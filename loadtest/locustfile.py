@@ -16,6 +16,7 @@ from grpc.experimental import gevent as grpc_gevent  # type: ignore[import-untyp
 
 grpc_gevent.init_gevent()
 
+import contextlib
 import itertools
 import json
 import logging
@@ -32,8 +33,9 @@ from locust.env import Environment
 from locust.exception import StopTest
 from locust.runners import MasterRunner, WorkerRunner
 from locust.user.task import LOCUST_STATE_STOPPING
-from samp_client import Client, ClientError, Counters, ServerError, TierTimes, connect
+from samp_client import Client, ClientError, Counters, ServerError, TierTimes, Tls, connect
 from samp_client.records import Row
+from samp_client.security import parse_headers
 from samp_client.transport import ProtocolName
 from samp_loadtest.arrivals import SHAPES, Arrivals
 from samp_loadtest.results import Samples, report, table
@@ -66,6 +68,7 @@ class _Test:
     def __init__(self) -> None:
         self.mix: dict[str, float] = {}
         self.texts: tuple[Row, ...] = ()
+        self.access: dict[str, Any] = {}
         self.addresses: dict[ProtocolName, str] = {}
         self.samples: dict[str, Samples] = {}
         self.watcher: Client | None = None
@@ -96,12 +99,11 @@ class TierUser(locust.User):
         self.rows = options.rows
         # Each user has its own order, and the same one in every run.
         self.random = random.Random(next(_numbers))
-        client = connect(
-            test.addresses[self.protocol],
-            self.protocol,
-            model=options.model or None,
-            timeout_s=options.request_timeout,
-        )
+        try:
+            client = _connect(self.protocol, options)
+        except ClientError as error:
+            logger.error("%s", error)
+            raise locust.exception.StopUser from None
         try:
             # Connects and reads the metadata, so that no recorded request pays for it.
             check_tiers(client, test.mix, self.rows)
@@ -212,6 +214,26 @@ def add_options(parser: LocustArgumentParser) -> None:
     parser.add_argument(
         "--warm", env_var="SAMP_WARM", type=float, default=0.0, help="seconds not counted"
     )
+    # Not on the page: whoever sees it could read them.
+    unseen: dict[str, Any] = {"include_in_web_ui": False}
+    parser.add_argument(
+        "--header",
+        env_var="SAMP_HEADER",
+        action="append",
+        help="NAME=VALUE, sent with every request; repeatable, in the variable a line each",
+        **unseen,
+    )
+    parser.add_argument(
+        "--tls", env_var="SAMP_TLS", action="store_true", help="encrypt gRPC", **unseen
+    )
+    for name, what in (
+        ("ca", "PEM: certificates to trust"),
+        ("cert", "PEM: this client's certificate"),
+        ("key", "PEM: the key to --cert"),
+        ("server-name", "name in the server's certificate"),
+    ):
+        variable = f"SAMP_{name.upper().replace('-', '_')}"
+        parser.add_argument(f"--{name}", env_var=variable, default="", help=what, **unseen)
     parser.add_argument(
         "--think-time",
         env_var="SAMP_THINK_TIME",
@@ -235,8 +257,9 @@ def on_init(environment: Environment, **_: Any) -> None:
         environment.host or options.grpc_host or options.http_host
     ):
         # A master takes its users before the test starts, and later changes are not seen.
-        test.addresses = find_addresses(environment.host, options.grpc_host, options.http_host)
-        _choose_users(environment)
+        with contextlib.suppress(ClientError):  # the test's start says it
+            _find(environment)
+            _choose_users(environment)
     if environment.web_ui is not None:
         _add_tab(environment.web_ui)
 
@@ -251,7 +274,7 @@ def on_test_start(environment: Environment, **_: Any) -> None:
         test.texts = read_texts(options.texts)
         if options.lengths:
             test.texts = with_lengths(test.texts, read_lengths(options.lengths))
-        test.addresses = find_addresses(environment.host, options.grpc_host, options.http_host)
+        _find(environment)
         if not isinstance(environment.runner, (MasterRunner, WorkerRunner)):
             _choose_users(environment)
         if not isinstance(environment.runner, WorkerRunner):
@@ -329,6 +352,27 @@ def _finish() -> None:
         Path(path).write_text(content, encoding="utf-8")
 
 
+def _find(environment: Environment) -> None:
+    """How calls prove who they are, and where they go."""
+    options: Any = environment.parsed_options
+    lines = [line for given in options.header or () for line in given.splitlines()]
+    files = (options.ca, options.cert, options.key, options.server_name)
+    tls = Tls(*(name or None for name in files)) if options.tls or any(files) else None
+    test.access = {"tls": tls, "headers": parse_headers(lines)}
+    hosts = (environment.host, options.grpc_host, options.http_host)
+    test.addresses = find_addresses(*hosts, **test.access)
+
+
+def _connect(protocol: ProtocolName, options: Any) -> Client:
+    return connect(
+        test.addresses[protocol],
+        protocol,
+        model=options.model or None,
+        timeout_s=options.request_timeout,
+        **test.access,
+    )
+
+
 def _choose_users(environment: Environment) -> None:
     """Leave out the users whose protocol has no address."""
     options: Any = environment.parsed_options
@@ -350,12 +394,7 @@ def _choose_users(environment: Environment) -> None:
 def _start_watching(options: Any) -> None:
     """One client that reads the server's counters, now and until the end."""
     protocol: ProtocolName = "grpc" if "grpc" in test.addresses else "http"
-    watcher = connect(
-        test.addresses[protocol],
-        protocol,
-        model=options.model or None,
-        timeout_s=options.request_timeout,
-    )
+    watcher = _connect(protocol, options)
     try:
         check_tiers(watcher, test.mix, options.rows)
         test.before = watcher.statistics()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samp_client import BadRequest, ClientError, connect
+from samp_client import BadRequest, ClientError, Tls, connect
+from samp_client.security import check_headers
 from samp_client.transport import ProtocolName
 from samp_loadtest.arrivals import SHAPES
 from samp_loadtest.settings import check_tiers, format_mix, parse_mix, read_lengths, read_texts
@@ -56,6 +57,8 @@ def run_loadtest(
     shape: str = "constant",
     lengths: str | Path | None = None,
     warm_s: float = 0.0,
+    tls: Tls | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Load one tier ("fast") or a mix ("fast=3,exact=1") with `users` concurrent callers.
 
@@ -65,9 +68,9 @@ def run_loadtest(
     twice a second with the seconds gone and the seconds of the run. workers: so many processes
     that call, and one that counts; rate: requests a second offered in `shape` (arrivals.py), with
     `users` as the most in flight; lengths: a file of words and weights; warm_s: of the run, not
-    counted. Whatever happens, no process is left behind. Raises ClientError: BadRequest,
-    UnknownTier, Unavailable, LocustMissing, and LoadTestFailed, also when not one request was
-    answered.
+    counted; tls, headers: as for `connect`. Whatever happens, no process is left behind. Raises
+    ClientError: BadRequest, UnknownTier, Unavailable, LocustMissing, and LoadTestFailed, also when
+    not one request was answered.
     """
     mix = parse_mix(tiers if isinstance(tiers, str) else format_mix(tiers))
     _check_limits(users, seconds, rows, spawn_rate)
@@ -80,7 +83,8 @@ def run_loadtest(
             "the extra `loadtest`",
             "pip install 'samp-triton[loadtest]'",
         )
-    with connect(url, protocol, model=model, timeout_s=timeout_s) as client:
+    options: dict[str, Any] = {"model": model, "timeout_s": timeout_s}
+    with connect(url, protocol, tls=tls, headers=headers, **options) as client:
         check_tiers(client, mix, rows)
     with tempfile.TemporaryDirectory(prefix="samp-loadtest-") as folder:
         report = Path(folder) / "report.json"
@@ -97,8 +101,14 @@ def run_loadtest(
             *("--think-time", str(think_time_s), "--request-timeout", str(timeout_s)),
             *("--rate", repr(rate), "--shape", shape, "--warm", str(warm_s)),
             *("--lengths", "" if lengths is None else str(Path(lengths).resolve())),
+            *_tls_options(tls),
         ]
-        log = _run(command, report, math.ceil(seconds), timeout_s, progress, workers)
+        # A header may be a secret, and every user of the machine can read a command line.
+        secrets = "\n".join(f"{name}={value}" for name, value in check_headers(headers).items())
+        variables = {"SAMP_REPORT": str(report), "SAMP_SECONDS": str(math.ceil(seconds))}
+        if secrets:
+            variables["SAMP_HEADER"] = secrets
+        log = _run(command, report, variables, math.ceil(seconds), timeout_s, progress, workers)
         try:
             written: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -118,16 +128,18 @@ def run_loadtest(
 def _run(
     command: Sequence[str],
     report: Path,
+    variables: Mapping[str, str],
     seconds: int,
     timeout_s: float,
     progress: Progress | None,
     workers: int,
 ) -> str:
     """Run locust to its end and return its log; it is stopped if the caller is interrupted."""
-    # locust's own variables and a locust.conf in the working folder would change the run.
-    environment = {key: value for key, value in os.environ.items() if key[:7] != "LOCUST_"}
-    environment["SAMP_REPORT"] = str(report)
-    environment["SAMP_SECONDS"] = str(seconds)
+    # locust's own variables, a locust.conf in the working folder and the options that plain locust
+    # takes from the environment would change the run.
+    foreign = ("LOCUST_", "SAMP_HEADER", "SAMP_TLS", "SAMP_CA", "SAMP_CERT", "SAMP_KEY")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    environment.update(variables)
     log_path = report.with_name("log")
     commands = [(list(command), environment)]
     if workers:
@@ -143,12 +155,12 @@ def _run(
     processes: list[subprocess.Popen[bytes]] = []
     with log_path.open("wb") as log:
         try:
-            for words, variables in commands:
+            for words, its_own in commands:
                 processes.append(
                     subprocess.Popen(
                         words,
                         cwd=report.parent,
-                        env=variables,
+                        env=its_own,
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -198,6 +210,17 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _tls_options(tls: Tls | None) -> list[str]:
+    """What the locustfile takes for this; its working folder is another one."""
+    if tls is None:
+        return []
+    files = {"--ca": tls.ca, "--cert": tls.cert, "--key": tls.key}
+    named = [(option, str(Path(path).resolve())) for option, path in files.items() if path]
+    if tls.server_name:
+        named.append(("--server-name", tls.server_name))
+    return ["--tls", *(word for pair in named for word in pair)]
 
 
 def _texts_file(texts: Sequence[str] | str | Path | None, folder: Path) -> str:

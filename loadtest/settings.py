@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from samp_client import BadRequest, BatchTooLarge, Client, ClientError, connect
+from samp_client import BadRequest, BatchTooLarge, Client, ClientError, Tls, connect
 from samp_client.records import Row
 from samp_client.transport import DEFAULT_PORTS, ProtocolName
 
@@ -129,12 +129,18 @@ def fit(texts: Sequence[Row], pairs: bool) -> list[Row]:
 
 
 def find_addresses(
-    host: str | None, grpc_host: str | None, http_host: str | None
+    host: str | None,
+    grpc_host: str | None,
+    http_host: str | None,
+    *,
+    tls: Tls | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> dict[ProtocolName, str]:
     """The address of each protocol that the test can use.
 
-    grpc_host and http_host name one protocol each. host alone is asked which of the two it speaks
-    when it has a port, and stands for both of Triton's usual ports when it has none.
+    grpc_host and http_host name one protocol each. host alone is gRPC's with TLS, which HTTP has
+    not; else it is asked which of the two it speaks when it has a port, and stands for both of
+    Triton's usual ports when it has none.
     """
     found: dict[ProtocolName, str] = {}
     if grpc_host:
@@ -144,8 +150,10 @@ def find_addresses(
     if host:
         bare = host.partition("://")[2] if "://" in host else host
         bare = bare.rstrip("/")
-        if re.search(r":\d+$", bare):
-            protocol: ProtocolName = "http" if _speaks_http(bare) else "grpc"
+        if tls is not None:
+            found.setdefault("grpc", bare)
+        elif re.search(r":\d+$", bare):
+            protocol: ProtocolName = "http" if _speaks_http(bare, headers) else "grpc"
             found.setdefault(protocol, bare)
         else:
             found.setdefault("grpc", f"{bare}:{DEFAULT_PORTS['grpc']}")
@@ -179,9 +187,9 @@ def _json_text(path: str, number: int, line: str) -> Row:
     return (text, pair) if isinstance(pair, str) else text
 
 
-def _speaks_http(address: str) -> bool:
+def _speaks_http(address: str, headers: Mapping[str, str] | None) -> bool:
     try:
-        with connect(address, "http", timeout_s=5.0) as client:
+        with connect(address, "http", timeout_s=5.0, headers=headers) as client:
             client.statistics()
     except ClientError:
         return False

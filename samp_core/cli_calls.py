@@ -66,16 +66,22 @@ def target(
     """UsageError for a header without its value."""
     from samp_client import Tls
 
-    headers: dict[str, str] = {}
-    for given in header or ():
-        field, found, value = given.partition("=")
-        if not found:
-            raise UsageError("usage", f"--header {given}", "NAME=VALUE", "write both")
-        headers[field.strip()] = value
+    headers = read_headers(header)
     secured = Tls(ca, cert, key, server_name) if tls or ca or cert or key or server_name else None
     options = {"model": name, "timeout_s": timeout, "tls": secured, "headers": headers}
     address = url or ("127.0.0.1:8000" if http else "127.0.0.1:8001")
     return Target(address, "http" if http else "grpc", options)
+
+
+def read_headers(given: list[str] | None) -> dict[str, str]:
+    """UsageError for a header without its value."""
+    from samp_client import BadRequest
+    from samp_client.security import parse_headers
+
+    try:
+        return parse_headers(given or ())
+    except BadRequest as error:
+        raise UsageError("usage", error.given, error.allowed, error.fix) from None
 
 
 def predict(

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from samp_core.cli_calls import Header, Json, read_headers
 from samp_core.errors import UsageError
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Folder = Annotated[Path, typer.Argument(help="A build's output folder.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Also a build of another task or other labels.")
@@ -181,13 +181,14 @@ def status(
     probe: Annotated[
         bool, typer.Option(help="Ask each tier one short text, to see that it answers.")
     ] = True,
+    header: Header = None,
     as_json: Json = False,
 ) -> None:
     """Tiers, plans and times of the running servers; exit 1 if something there is dead."""
     from samp_core import show_live
     from samp_core.status import status as look
 
-    found = look(target, probe=probe)
+    found = look(target, probe=probe, headers=read_headers(header))
     if as_json:
         print(json.dumps(found, ensure_ascii=False), flush=True)
     else:

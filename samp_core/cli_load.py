@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samp_core import cli_calls
 from samp_core.errors import SampError
 
 
@@ -38,28 +39,32 @@ def loadtest(
     png: Annotated[
         Path | None, typer.Option(help="Curve of --slo; default: loadtest-<tier>.png.")
     ] = None,
-    url: Annotated[str, typer.Option(help="host:port; 8001 is gRPC's, 8000 HTTP's.")] = "",
-    http: Annotated[bool, typer.Option("--http", help="HTTP instead of gRPC.")] = False,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Model, where several are served.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Machine-readable result on stdout.")
-    ] = False,
+    url: cli_calls.Url = "",
+    http: cli_calls.Http = False,
+    name: cli_calls.ModelName = None,
+    timeout: cli_calls.Timeout = 30.0,
+    tls: cli_calls.UseTls = False,
+    ca: cli_calls.Ca = None,
+    cert: cli_calls.Cert = None,
+    key: cli_calls.Key = None,
+    server_name: cli_calls.ServerName = None,
+    header: cli_calls.Header = None,
+    as_json: cli_calls.Json = False,
 ) -> None:
     """Load a running server with locust, headless; --slo finds its highest rate."""
     from samp_loadtest.run import run_loadtest
 
     from samp_core import show
 
-    address = url or ("127.0.0.1:8000" if http else "127.0.0.1:8001")
+    reached = cli_calls.target(url, http, name, timeout, tls, ca, cert, key, server_name, header)
+    address = reached.url
     common: dict[str, Any] = {
-        "protocol": "http" if http else "grpc",
+        "protocol": reached.protocol,
         "texts": texts,
         "rows": rows,
-        "model": name,
         "lengths": lengths,
         "workers": workers,
+        **reached.options,
     }
     if slo is not None:
         most, step_s = 64 if users is None else users, 5.0 if seconds is None else seconds

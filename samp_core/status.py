@@ -29,11 +29,14 @@ _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _COMPUTE = ("compute_input", "compute_infer", "compute_output")
 
 
-def status(target: str | None = None, *, probe: bool = True) -> list[dict[str, Any]]:
+def status(
+    target: str | None = None, *, probe: bool = True, headers: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """One object for each server: those of a folder, the one at an address (HTTP or gRPC), or all
     of this user; where none is known, Triton's usual port is asked.
 
-    Raises SampError: nothing serves the folder, nothing answers at the address.
+    headers: sent with every call, beside those that a server of this user is known to want. Raises
+    SampError: nothing serves the folder, nothing answers at the address.
     """
     known = live.servers(Path(target)) if target and Path(target).is_dir() else live.servers()
     if target and Path(target).is_dir() and not known:
@@ -45,7 +48,11 @@ def status(target: str | None = None, *, probe: bool = True) -> list[dict[str, A
         )
     if target and not Path(target).is_dir():
         known = [s for s in known if target in (s["http"], s["grpc"])] or [{"http": target}]
-    return [server_status(server, probe) for server in known or [{"http": DEFAULT}]]
+    found = []
+    for server in known or [{"http": DEFAULT}]:
+        both = {**(headers or {}), **server.get("headers", {})}
+        found.append(server_status({**server, "headers": both}, probe))
+    return found
 
 
 def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
@@ -56,6 +63,13 @@ def server_status(facts: Mapping[str, Any], probe: bool) -> dict[str, Any]:
         version = control.get("/v2")["version"]
         counted = {one["name"]: one for one in control.get("/v2/models/stats")["model_stats"]}
     except (OSError, http.client.HTTPException, ValueError, ControlError) as error:
+        if wanted := re.search(r"restricted, expecting header '([^']+)'", str(error)):
+            raise SampError(
+                "restricted",
+                f"{facts['http']} wants a header ({error})",
+                "the key of its `samp serve --key-file`",
+                f"--header {wanted[1]}=...",
+            ) from None
         raise SampError(
             "unreachable",
             f"no Triton answers at {facts['http']} ({error})",
