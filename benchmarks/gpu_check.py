@@ -42,6 +42,7 @@ STEPS = {
     "search": 90.0,
     "product times": 60.0,
     "sanitizer": 100.0,
+    "large times": 60.0,
 }
 EMULATED = ("ops", "encoder", "serving", "table")
 
@@ -97,6 +98,8 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
     elif name == "encoder times":
         plans = gpu_checks.base_plans(backend)
         report.attempt(name, gpu_peers.time_encoders, backend, gpu_checks.BASE, plans)
+    elif name == "large times":
+        report.attempt(name, gpu_peers.time_large, backend, gpu_checks.LARGE, gpu_checks.large_plan)
     else:
         report.attempt(name, gpu_peers.time_gemms, backend)
 

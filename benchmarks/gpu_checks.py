@@ -35,6 +35,7 @@ from samp_kernels.reference import ReferenceBackend, activation
 
 REFERENCE = ReferenceBackend()
 BASE = EncoderConfig("bert", 12, 768, 12, 3072, 1000, 512, 2, 1e-12)
+LARGE = EncoderConfig("bert", 24, 1024, 16, 4096, 1000, 512, 2, 1e-12)
 SMALL = EncoderConfig("bert", 2, 64, 2, 96, 50, 64, 2, 1e-12)
 
 
@@ -309,6 +310,12 @@ def base_plans(b: CudaBackend) -> dict[str, tuple[RandomPlan, dict[str, Any]]]:
     timed = {k: v for k, v in plans_of(b).items() if k in (*PLANS, "full fp8, rest fp16")}
     plans = {name: plan_of(kinds, BASE.layers) for name, kinds in timed.items()}
     return {name: (plan, random_tensors(BASE, plan)) for name, plan in plans.items()}
+
+
+def large_plan(name: str) -> tuple[RandomPlan, dict[str, Any]]:
+    """One of PLANS over BERT-large's shape, and weights for it."""
+    plan = plan_of(PLANS[name], LARGE.layers)
+    return plan, random_tensors(LARGE, plan)
 
 
 def near_reference(report: Report, b: CudaBackend, name: str, plan: RandomPlan) -> None:

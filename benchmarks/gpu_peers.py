@@ -58,10 +58,11 @@ def timed(stream: Any, call: Callable[[], Any], rounds: int = ROUNDS) -> float:
 
 
 def time_gemms(report: Any, b: Any) -> None:
-    """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest."""
+    """Every tile and split of BERT-base's products: what tiles.py chose, and what was fastest. Also
+    tiles that it may not choose, floats' of mma.sync on sm_90a: which family is worth it."""
     from samp_kernels.cuda import ops
     from samp_kernels.cuda.formats import has
-    from samp_kernels.cuda.tiles import TILES, Choice, Product, choose, room_for, tiles_of
+    from samp_kernels.cuda.tiles import ALL_TILES, TILES, Choice, Product, choose, room_for
     from samp_kernels.interface import CODES, Weight
 
     rng, stream, rows_found = np.random.default_rng(0), b.launcher.stream, []
@@ -85,7 +86,7 @@ def time_gemms(report: Any, b: Any) -> None:
                 b.launcher.fill(space.counters, 0, 4 * counters)
                 device, times = b.device(space), {}
                 tiled, small = packed.tiled is not None, precision == "int8" and rows <= 1024
-                for tile in tiles_of(precision, tiled):
+                for tile in ALL_TILES if tiled else TILES:
                     for splits in (1, 2, 4) if small and tile in TILES else (1,):
                         one = ops.gemm(
                             device, x, packed, bias, out,
@@ -152,21 +153,17 @@ def time_encoders(
 ) -> None:
     """SAMP's table: each plan, BERT-base's shape; the graph on the device and `run` as called."""
     from samp_kernels.cuda.session import CudaSession
-    from samp_kernels.interface import pack_batch
 
     rng = np.random.default_rng(0)
     mixed = np.clip(np.exp(rng.normal(3.8, 0.8, 32)), 8, 384).astype(int).tolist()
     cases = {"1 x 128": [128], "8 x 128": [128] * 8, "32 x 128": [128] * 32, "32 mixed": mixed}
     found: list[dict[str, Any]] = []
     for case, lengths in cases.items():
-        ids = [rng.integers(0, config.vocab, n).astype(np.int32) for n in lengths]
-        batch = pack_batch(ids, [np.zeros(n, np.int32) for n in lengths])
+        batch = _batch_of(rng, config, lengths)
         row: dict[str, Any] = {"case": case, "tokens": batch.tokens}
         for name, (plan, tensors) in makers.items():
             session = CudaSession(b, config, tensors, plan, max_tokens=batch.tokens)
-            session.run(batch)
-            program = session._send(batch, "first")
-            row[f"{name}, graph us"] = timed(b.launcher.stream, program.replay)
+            row[f"{name}, graph us"] = _graph_us(b, session, batch)
             walls = []
             for _ in range(ROUNDS):
                 begun = time.perf_counter()
@@ -184,6 +181,46 @@ def time_encoders(
         report.note("encoders", found)
         shown = ", ".join(f"{k} {v:.0f}" for k, v in row.items() if k.endswith("us") and v)
         print(f"     {case}: {shown}", flush=True)
+
+
+def time_large(report: Any, b: Any, config: Any, make: Callable[[str], Any]) -> None:
+    """BERT-large's shape: 384 tokens, and 64 sequences as long as SQuAD's, which end at 384 and are
+    180 on average; ours alone. `make` gives a plan's name its plan and weights."""
+    from samp_kernels.cuda.session import CudaSession
+
+    rng = np.random.default_rng(0)
+    squad = np.clip(np.exp(rng.normal(5.13, 0.35, 64)), 32, 384).astype(int).tolist()
+    cases = {"1 x 384": [384], "8 x 384": [384] * 8, "32 x 384": [384] * 32, "64 as SQuAD": squad}
+    found: list[dict[str, Any]] = []
+    for name in ("full int8", "float fp16"):
+        if report.left() < 20:
+            report.skip(f"large times, {name}", "out of time")
+            continue
+        plan, tensors = make(name)
+        packs: dict[Any, Any] = {}
+        for case, lengths in cases.items():
+            batch = _batch_of(rng, config, lengths)
+            most = batch.tokens
+            session = CudaSession(b, config, tensors, plan, max_tokens=most, packs=packs)
+            us = _graph_us(b, session, batch)
+            session.close()
+            row = {"plan": name, "case": case, "tokens": batch.tokens, "graph us": us}
+            found.append({**row, "sequences/s": 1e6 * len(lengths) / us})
+            report.note("large", found)
+            print(f"     BERT-large {name}, {case}: {us:.0f} us", flush=True)
+
+
+def _batch_of(rng: Any, config: Any, lengths: list[int]) -> Any:
+    from samp_kernels.interface import pack_batch
+
+    ids = [rng.integers(0, config.vocab, n).astype(np.int32) for n in lengths]
+    return pack_batch(ids, [np.zeros(n, np.int32) for n in lengths])
+
+
+def _graph_us(b: Any, session: Any, batch: Any) -> float:
+    """Median microseconds of the batch's graph on the device."""
+    session.run(batch)
+    return timed(b.launcher.stream, session._send(batch, "first").replay)
 
 
 def _torch_encoder(config: Any, lengths: list[int], seconds: float) -> dict[str, Any]:

@@ -3,17 +3,22 @@
 #
 #   deploy/compile_kernels.sh VENV/bin/python CONSTRAINTS [--arch sm_90a]...
 #
-# Its compiler, NVRTC, is installed aside and does not stay. PIP names the pip that is used.
+# Its compiler, NVRTC and cuda.core, is installed aside and does not stay. PIP names the pip that is
+# used.
 set -euo pipefail
 
 python=${1:?usage: deploy/compile_kernels.sh VENV/bin/python CONSTRAINTS [--arch sm_90a]...}
 constraints=${2:?usage: deploy/compile_kernels.sh VENV/bin/python CONSTRAINTS [--arch sm_90a]...}
 shift 2
 
+# An environment: cuda.core looks for NVRTC in one of its own, not on PYTHONPATH.
 compiler=$(mktemp -d)
 trap 'rm -rf "$compiler"' EXIT
+"$python" -m venv --without-pip "$compiler"
 # The words of PIP are a command.
 # shellcheck disable=SC2086
-${PIP:-$python -m pip} install --no-cache-dir --disable-pip-version-check --quiet \
-    --constraint "$constraints" --target "$compiler" nvidia-cuda-nvrtc
-PYTHONPATH="$compiler" "$python" -m samp_kernels.cuda.build "$@"
+${PIP:-$python -m pip} --python "$compiler/bin/python" install --no-cache-dir \
+    --disable-pip-version-check --quiet --constraint "$constraints" --no-deps \
+    cuda-core cuda-bindings cuda-pathfinder nvidia-cuda-nvrtc
+installed=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+PYTHONPATH="$installed" "$compiler/bin/python" -m samp_kernels.cuda.build "$@"

@@ -183,6 +183,15 @@ def relevant_line(log: str) -> str:
     return found.split("\\n")[0]
 
 
+def lost_a_lock(log: str) -> bool:
+    """Whether a Triton or one of its model processes ended on a lock that was no more.
+
+    On a starved machine Triton 24.10 gives a starting process up after a second without a sign of
+    life, and frees the queues that both use (docs/reliability.md). Another start may go well.
+    """
+    return "boost::interprocess::lock_exception" in log
+
+
 def raised_text(reason: str) -> str:
     """What a model process raised, on one line, out of Triton's reason with its trace."""
     match = _RAISED.match(reason.split("UNAVAILABLE state: ")[-1].strip())

@@ -26,6 +26,7 @@ from samp_core.control import (
     ControlError,
     choose_ports,
     listens,
+    lost_a_lock,
     port_in_log,
     raised_text,
     relevant_line,
@@ -155,9 +156,12 @@ class Server:
                 if taken.port in wanted or attempt == _START_ATTEMPTS - 1:
                     raise taken_port(host, taken.port) from None
                 continue
-            except BaseException:
+            except BaseException as error:
                 server.stop()
-                raise
+                lost = isinstance(error, SampError) and lost_a_lock(server._log_text())
+                if not lost or attempt == _START_ATTEMPTS - 1:
+                    raise
+                continue
             server._builds, server._view = builds, view
             server._holds = {
                 out: {manifest.folder.resolve(): hold(manifest.folder)}

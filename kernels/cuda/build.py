@@ -1,13 +1,12 @@
 """Compile every kernel and tile to cubins: `python -m samp_kernels.cuda.build`, or `make kernels`.
 
-NVRTC (package nvidia-cuda-nvrtc, or a CUDA toolkit's), else nvcc. Neither needs a GPU. A cubin's
-name holds the hash of what it was made from; built.json says by which compiler.
+NVRTC through cuda.core (packages of the extra gpu-build), else nvcc. Neither needs a GPU or a
+driver. A cubin's name holds the hash of what it was made from; built.json says by which compiler.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
-from importlib.util import find_spec
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from samp_kernels.cuda.units import (
     check_unit,
     cubin_name,
     defines_of,
-    headers,
     source_text,
     units_by_name,
     units_of,
@@ -36,7 +34,7 @@ from samp_kernels.cuda.units import (
 from samp_kernels.interface import KernelError
 
 COMMAND = "make kernels (python -m samp_kernels.cuda.build)"
-MEND = "pip install 'nvidia-cuda-nvrtc>=13,<14', or install a CUDA toolkit 12.2 or newer"
+MEND = "pip install 'samp-triton[gpu-build]', or install a CUDA toolkit 12.2 or newer"
 
 
 class MissingKernel(KernelError):
@@ -58,37 +56,23 @@ def find_cubin(unit: Unit, architecture: str) -> Path:
 
 
 @cache
-def nvrtc() -> ctypes.CDLL | None:
-    """NVRTC of the newest major version that is found, or None."""
-    places: list[Path] = []
-    for package in ("nvidia.cu13", "nvidia.cuda_nvrtc"):
-        try:
-            spec = find_spec(package)
-        except ModuleNotFoundError:
-            continue
-        for place in (spec.submodule_search_locations or ()) if spec else ():
-            places.append(Path(place, "lib"))
-    for name in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
-        if name:
-            places.append(Path(name, "lib64"))
-    for soname in ("libnvrtc.so.13", "libnvrtc.so.12"):
-        for path in (*(str(place / soname) for place in places), soname):
-            try:
-                for builtins in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")):
-                    ctypes.CDLL(str(builtins))  # NVRTC looks for it by name alone.
-                return ctypes.CDLL(path)
-            except OSError:
-                continue
-    return None
+def nvrtc() -> str:
+    """The version of the NVRTC that cuda.core compiles with here; "" where one of both is missing.
+
+    Neither needs a driver. cuda.bindings says what it found: the package's, a toolkit's."""
+    try:
+        bindings = import_module("cuda.bindings.nvrtc")
+        import_module("cuda.core")
+        _, major, minor = bindings.nvrtcVersion()
+    except (ImportError, RuntimeError):  # No such package, or no such library.
+        return ""
+    return f"{major}.{minor}"
 
 
 def compiler() -> str:
     """Name and version of what compiles here; "" where nothing does."""
-    library = nvrtc()
-    if library is not None:
-        major, minor = ctypes.c_int(), ctypes.c_int()
-        library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-        return f"nvrtc {major.value}.{minor.value}"
+    if nvrtc():
+        return f"nvrtc {nvrtc()}"
     nvcc = find_nvcc()
     if not nvcc:
         return ""
@@ -102,13 +86,12 @@ def find_nvcc() -> str:
 
 def compile_unit(unit: Unit, architecture: str) -> bytes:
     """The cubin's bytes. Raises KernelError with the compiler's own words."""
-    defines = [f"-D{name}={value}" for name, value in defines_of(unit, architecture).items()]
-    library = nvrtc()
-    if library is not None:
-        return _with_nvrtc(library, unit, architecture, defines)
+    if nvrtc():
+        return _with_nvrtc(unit, architecture)
     nvcc = find_nvcc()
     if not nvcc:
         raise KernelError("compile", "neither NVRTC nor nvcc", MEND)
+    defines = [f"-D{name}={value}" for name, value in defines_of(unit, architecture).items()]
     with tempfile.TemporaryDirectory() as work:
         out = Path(work, "out.cubin")
         command = [nvcc, "-cubin", f"-arch={architecture}", "-std=c++17", *defines]
@@ -119,36 +102,20 @@ def compile_unit(unit: Unit, architecture: str) -> bytes:
         return out.read_bytes()
 
 
-def _with_nvrtc(
-    library: ctypes.CDLL, unit: Unit, architecture: str, defines: Sequence[str]
-) -> bytes:
-    names = headers()
-    texts = (ctypes.c_char_p * len(names))(*(source_text(name).encode() for name in names))
-    known = (ctypes.c_char_p * len(names))(*(name.encode() for name in names))
-    program = ctypes.c_void_p()
-    source, title = source_text(unit.source).encode(), unit.source.encode()
-    code = library.nvrtcCreateProgram(
-        ctypes.byref(program), source, title, len(names), texts, known
+def _with_nvrtc(unit: Unit, architecture: str) -> bytes:
+    core = import_module("cuda.core")
+    options = core.ProgramOptions(
+        name=unit.source,
+        arch=architecture,
+        std="c++17",
+        include_path=str(SOURCES),
+        define_macro=[(name, str(value)) for name, value in defines_of(unit, architecture).items()],
     )
-    if code:
-        raise KernelError("compile", f"{unit.name}: nvrtcCreateProgram gave {code}", "0")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *defines]
-    given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     try:
-        if library.nvrtcCompileProgram(program, len(options), given):
-            said = _read(library, program, "nvrtcGetProgramLogSize", "nvrtcGetProgramLog")
-            raise KernelError("compile", f"{unit.name}: {said.decode()}", "a clean compile")
-        return _read(library, program, "nvrtcGetCUBINSize", "nvrtcGetCUBIN")
-    finally:
-        library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def _read(library: ctypes.CDLL, program: ctypes.c_void_p, size: str, content: str) -> bytes:
-    count = ctypes.c_size_t()
-    getattr(library, size)(program, ctypes.byref(count))
-    text = ctypes.create_string_buffer(count.value)
-    getattr(library, content)(program, text)
-    return text.raw
+        program = core.Program(source_text(unit.source), "c++", options)
+        return bytes(program.compile("cubin").code)
+    except Exception as error:  # cuda.core's own kind, which it does not export.
+        raise KernelError("compile", f"{unit.name}: {error}", "a clean compile") from None
 
 
 def build(

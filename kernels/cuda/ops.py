@@ -107,15 +107,16 @@ def wants_tiles(architecture: str, precision: str) -> bool:
 
 
 def in_tiles(weight: Array) -> Array:
-    """A weight of bytes [out, in] in the order in which wgmma's tiles read it (gemm_wgmma.cu).
+    """A weight [out, in] in the order in which wgmma's tiles read it (gemm_wgmma.cu), as bytes.
 
     [blocks of 128 rows][slices of 128 bytes][row][byte], zeros behind its end, and the 16-byte
     chunk c of row r at c ^ (r % 8).
     """
-    rows, columns = weight.shape
+    held = np.ascontiguousarray(weight).view(np.uint8)
+    rows, columns = held.shape
     blocks, slices = -(-rows // TILE_ORDER), -(-columns // SLICE)
     whole = np.zeros((blocks * TILE_ORDER, slices * SLICE), dtype=np.uint8)
-    whole[:rows, :columns] = weight.view(np.uint8)
+    whole[:rows, :columns] = held
     chunks = whole.reshape(blocks, TILE_ORDER, slices, SLICE // 16, 16).transpose(0, 2, 1, 3, 4)
     row, chunk = np.ogrid[:TILE_ORDER, : SLICE // 16]
     return np.ascontiguousarray(chunks[:, :, row, chunk ^ (row & 7)]).reshape(-1)

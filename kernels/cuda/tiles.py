@@ -55,6 +55,7 @@ class GroupTile:
 
 
 GROUP_TILES = {
+    "wgmma_64x64": GroupTile(64, 64),
     "wgmma_64x128": GroupTile(64, 128),
     "wgmma_128x128": GroupTile(128, 128),
     "wgmma_128x256": GroupTile(128, 256),
@@ -67,10 +68,10 @@ TILE_ORDER = 128
 def tiles_of(precision: str, tiled: bool) -> tuple[str, ...]:
     """What may run a product; `tiled`: with a weight in tile order.
 
-    Floats must not depend on how many rows there are, and wgmma's e4m3 sums may differ from those
+    Floats must not depend on how many rows there are, and wgmma's float sums may differ from those
     of mma.sync: where the weight is in tile order, all are wgmma's. int8's are the same anyhow.
     """
-    if tiled and precision == "fp8":
+    if tiled and precision != "int8":
         return tuple(GROUP_TILES)
     return (*TILES, *GROUP_TILES) if tiled else tuple(TILES)
 

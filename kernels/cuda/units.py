@@ -14,7 +14,7 @@ from samp_kernels.interface import UnsupportedPrecision
 SOURCES = Path(__file__).parent / "src"
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a")
 HEAD_DIMS = (32, 64)
-WGMMA = ("int8", "fp8")
+WGMMA = ("int8", "fp16", "bf16", "fp8")
 """Precisions that have tiles of wgmma, on sm_90a."""
 ATTENTIONS = (
     ("int8", "int8"),

@@ -93,13 +93,14 @@ def test_sass(architecture: str, unit: str, cubins: dict[tuple[str, str], Path])
         ("sm_86", "attention_int8_fp16_64"),
         ("sm_89", "gemm_fp8_16x64"),
         ("sm_90a", "gemm_fp8_wgmma_64x128"),
+        ("sm_90a", "gemm_fp16_wgmma_64x64"),
     ],
 )
 def test_nvcc_where_nvrtc_is_not(
     architecture: str, unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fallback gives the same instructions."""
-    monkeypatch.setattr(build, "nvrtc", lambda: None)
+    monkeypatch.setattr(build, "nvrtc", lambda: "")
     assert build.compiler().startswith("nvcc ")
     path = tmp_path / "made.cubin"
     path.write_bytes(build.compile_unit(units_by_name()[unit], architecture))
@@ -114,7 +115,14 @@ def meant(unit: str, architecture: str) -> set[str]:
     """m16n8k32 of bytes and m16n8k16 of halves from sm_80 on; m8n8k16 and m16n8k8 before. sm_90 has
     no such product of e4m3: the assembler makes two of fp16."""
     if "wgmma" in unit:
-        return {"IGMMA.64x128x32" if "int8" in unit else "QGMMA.64x128x32.F32.E4M3"}
+        columns = "64" if unit.endswith("64x64") else "128"
+        kinds = {
+            "int8": f"IGMMA.64x{columns}x32",
+            "fp16": f"HGMMA.64x{columns}x16",
+            "bf16": f"HGMMA.64x{columns}x16.F32.BF16",
+            "fp8": f"QGMMA.64x{columns}x32.F32.E4M3",
+        }
+        return {kinds[unit.split("_")[1]]}
     sm = number(architecture)
     kinds = {
         "int8": "IMMA.16832" if sm >= 80 else "IMMA.8816",
@@ -147,7 +155,7 @@ def test_only_what_changed_is_compiled(tmp_path: Path, monkeypatch: pytest.Monke
 @needs_nvrtc
 def test_a_source_that_does_not_compile_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "source_text", lambda name: "__global__ void f() { wrong }")
-    if build.nvrtc() is None:
+    if not build.nvrtc():
         pytest.skip("nvcc reads the file itself")
     with pytest.raises(KernelError, match=r"gemm_f32\.cu.*wrong"):
         build.compile_unit(units_by_name()["gemm_fp32"], "sm_80")

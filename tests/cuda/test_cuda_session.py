@@ -112,10 +112,33 @@ def test_the_encoder_equals_the_reference(
     launcher(backend(architecture)).check_guards()
 
 
-@pytest.mark.parametrize("name", ["exact", "fp16", "int8"])
-def test_alone_equals_in_a_batch(name: str, checkpoint: Checkpoint, scaled: Plan) -> None:
+@pytest.mark.parametrize("name", ["fp16", "bf16 beside fp16", "ffn_only"])
+def test_on_sm_90a_all_floats_of_16_bits_are_wgmmas(
+    name: str, checkpoint: Checkpoint, scaled: Plan
+) -> None:
+    plan, batch = plan_of(scaled, PLANS[name]), batch_of(LENGTHS)
+    session = session_of(checkpoint, plan, "sm_90a")
+    wanted = open_session(checkpoint, as_reference(plan), "reference").run(batch)
+    kind = {"fp16": "fp16", "ffn_only": "int8"}.get(name, "bf16")
+    assert np.abs(session.run(batch) - wanted).max() <= TOLERANCE[kind]
+    gemms = [one for one in session.launches(batch) if one.op == "gemm"]
+    floats = {one.unit for one in gemms if one.ran != ("int8",)}
+    assert floats
+    assert all("wgmma" in unit for unit in floats)
+    assert all(launcher(backend("sm_90a")).counts(unit).mma > 0 for unit in floats)
+    session.close()
+    launcher(backend("sm_90a")).check_guards()
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("exact", "sm_80"), ("fp16", "sm_80"), ("int8", "sm_80"), ("fp16", "sm_90a")],
+)
+def test_alone_equals_in_a_batch(
+    name: str, architecture: str, checkpoint: Checkpoint, scaled: Plan
+) -> None:
     """Bit for bit, whatever the bucket: in fp32 and fp16, too."""
-    session = session_of(checkpoint, plan_of(scaled, PLANS[name]))
+    session = session_of(checkpoint, plan_of(scaled, PLANS[name]), architecture)
     together = batch_of(LENGTHS)
     for output in ("first", "mean", "tokens"):
         whole = session.run(together, output=output)

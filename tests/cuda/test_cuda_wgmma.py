@@ -15,14 +15,15 @@ import pytest
 from emulated import backend, launcher, needs_compiler, normal
 from samp_kernels.cuda import ops
 from samp_kernels.cuda.backend import CudaBackend
-from samp_kernels.cuda.formats import encode
+from samp_kernels.cuda.formats import BYTES, DTYPES, encode
 from samp_kernels.cuda.ops import Packed
 from samp_kernels.cuda.tiles import GROUP_TILES, Choice
 from samp_kernels.cuda.units import SOURCES, WGMMA
 from samp_kernels.interface import Array, KernelError
 
-# Whole numbers whose products sum up exactly: an e4m3 has four bits, and 2^24 bounds the sums.
-LARGEST = {"int8": 127, "fp8": 15}
+# Whole numbers whose products sum up exactly: an e4m3 has four bits, bf16 eight, and 2^24 bounds
+# the sums.
+LARGEST = {"int8": 127, "fp16": 100, "bf16": 100, "fp8": 15}
 
 
 def whole(rng: np.random.Generator, kind: str, *shape: int) -> Array:
@@ -44,17 +45,20 @@ def run(b: CudaBackend, x: Any, packed: Packed, bias: Any, out: str, tile: str, 
     return b.to_host(y), one.unit
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (128, 128), (130, 300)])
-def test_tile_order(rows: int, columns: int) -> None:
+def test_tile_order(rows: int, columns: int, kind: str) -> None:
     """Each byte where the kernel looks for it, zeros elsewhere."""
-    weight = np.random.default_rng(0).integers(1, 128, (rows, columns)).astype(np.int8)
-    tiled = ops.in_tiles(weight)
+    numbers = np.random.default_rng(0).integers(1, 256, (rows, columns * BYTES[kind]))
+    weight = numbers.astype(np.uint8)
+    tiled = ops.in_tiles(weight.view(DTYPES[kind]))
+    columns *= BYTES[kind]
     slices = -(-columns // 128)
     row, column = np.ogrid[:rows, :columns]
     block = (row // 128) * slices + column // 128
     chunk = (column % 128 // 16) ^ (row % 8)
     at = block * 128 * 128 + row % 128 * 128 + chunk * 16 + column % 16
-    assert np.array_equal(tiled[at], weight.view(np.uint8))
+    assert np.array_equal(tiled[at], weight)
     assert np.count_nonzero(tiled) == rows * columns
 
 
@@ -113,7 +117,7 @@ MISTAKES = {
     ),
     "rows in other chunks": ("slices.cuh", "(row & 7)", "(row & 3)"),
     "another stride": ("hopper.cuh", "64ull << 32", "32ull << 32"),
-    "bytes that never come": ("gemm_wgmma.cu", "blocks * BLOCK_BYTES)", "NS * BLOCK_BYTES + 16)"),
+    "bytes that never come": ("gemm_wgmma.cu", "parts * PART_BYTES)", "NS * PART_BYTES + 16)"),
 }
 
 
@@ -155,6 +159,7 @@ def test_wgmma_needs_a_weight_in_its_order(monkeypatch: pytest.MonkeyPatch) -> N
         ops.gemm(b.device(), x, Packed(x, "int8", None), bias, bias, choice=Choice("wgmma_64x128"))
     assert ops.wants_tiles("sm_90a", "fp8")
     assert not ops.wants_tiles("sm_89", "fp8")
-    assert not ops.wants_tiles("sm_90a", "fp16")
+    assert ops.wants_tiles("sm_90a", "fp16")
+    assert not ops.wants_tiles("sm_90a", "fp32")
     monkeypatch.setenv("SAMP_WGMMA", "0")
     assert not ops.wants_tiles("sm_90a", "fp8")

@@ -62,22 +62,37 @@ DEVICE void wait_products() {
 #define SAMP_SUMS(c, d, i)                                                         \
   "+" c(d[i]), "+" c(d[i + 1]), "+" c(d[i + 2]), "+" c(d[i + 3]), "+" c(d[i + 4]), \
       "+" c(d[i + 5]), "+" c(d[i + 6]), "+" c(d[i + 7])
-#define SAMP_WGMMA(element, sum, c, name, tail)                                                 \
-  DEVICE void multiply(element, sum(&d)[64], u64 a, u64 b) {                                    \
-    asm volatile("wgmma.mma_async.sync.aligned." name                                           \
-                 " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20," \
-                 "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39," \
-                 "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
-                 "%59,%60,%61,%62,%63}, %64, %65, " tail ";"                                    \
-                 : SAMP_SUMS(c, d, 0), SAMP_SUMS(c, d, 8), SAMP_SUMS(c, d, 16),                 \
-                   SAMP_SUMS(c, d, 24), SAMP_SUMS(c, d, 32), SAMP_SUMS(c, d, 40),               \
-                   SAMP_SUMS(c, d, 48), SAMP_SUMS(c, d, 56)                                     \
-                 : "l"(a), "l"(b));                                                             \
+#define SAMP_SUMS32(c, d, i) \
+  SAMP_SUMS(c, d, i), SAMP_SUMS(c, d, i + 8), SAMP_SUMS(c, d, i + 16), SAMP_SUMS(c, d, i + 24)
+#define SAMP_NAMES32                                                                               \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+  "%26,%27,%28,%29,%30,%31"
+#define SAMP_NAMES64                                                                              \
+  SAMP_NAMES32                                                                                    \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54," \
+  "%55,%56,%57,%58,%59,%60,%61,%62,%63"
+// d += A B^T of 64 x 32 and 128 (or 64) x 32 bytes; d is read only after wait_products.
+#define SAMP_WGMMA(element, sum, c, kind, tail)                                                    \
+  DEVICE void multiply(element, sum(&d)[64], u64 a, u64 b) {                                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128" kind " {" SAMP_NAMES64                     \
+                 "}, %64, %65, " tail ";"                                                          \
+                 : SAMP_SUMS32(c, d, 0), SAMP_SUMS32(c, d, 32)                                     \
+                 : "l"(a), "l"(b));                                                                \
+  }                                                                                                \
+  DEVICE void multiply(element, sum(&d)[32], u64 a, u64 b) {                                       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64" kind " {" SAMP_NAMES32 "}, %32, %33, " tail \
+                 ";"                                                                               \
+                 : SAMP_SUMS32(c, d, 0)                                                            \
+                 : "l"(a), "l"(b));                                                                \
   }
-// d += A B^T of 64 x 32 and 128 x 32 bytes; d is read only after wait_products.
-SAMP_WGMMA(signed char, int, "r", "m64n128k32.s32.s8.s8", "1")
-SAMP_WGMMA(e4m3, float, "f", "m64n128k32.f32.e4m3.e4m3", "1, 1, 1")
+SAMP_WGMMA(signed char, int, "r", "k32.s32.s8.s8", "1")
+SAMP_WGMMA(e4m3, float, "f", "k32.f32.e4m3.e4m3", "1, 1, 1")
+SAMP_WGMMA(f16, float, "f", "k16.f32.f16.f16", "1, 1, 1, 0, 0")
+SAMP_WGMMA(bf16, float, "f", "k16.f32.bf16.bf16", "1, 1, 1, 0, 0")
 #undef SAMP_WGMMA
+#undef SAMP_NAMES64
+#undef SAMP_NAMES32
+#undef SAMP_SUMS32
 #undef SAMP_SUMS
 
 DEVICE void settle(int& x) { asm volatile("" : "+r"(x)::"memory"); }
@@ -163,25 +178,31 @@ inline unsigned char operand(u64 descriptor, int row, int byte) {
   return shared[at];
 }
 
-template <class Element, class Sum>
+template <class Element>
+static auto element_at(u64 descriptor, int row, int k) {
+  if constexpr (std::is_same_v<Element, signed char>)
+    return static_cast<int>(static_cast<signed char>(operand(descriptor, row, k)));
+  else if constexpr (sizeof(Element) == 1)
+    return to_float(Element{operand(descriptor, row, k)});
+  else
+    return to_float(Element{static_cast<unsigned short>(operand(descriptor, row, 2 * k) |
+                                                        operand(descriptor, row, 2 * k + 1) << 8)});
+}
+
+template <class Element, class Sum, int SUMS>
 static void run_product(const Product& one) {
-  static Sum left[64][32], right[128][32];
-  auto value = [](unsigned char byte) -> Sum {
-    if constexpr (std::is_same_v<Element, signed char>)
-      return static_cast<signed char>(byte);
-    else
-      return to_float(Element{byte});
-  };
-  for (int k = 0; k < 32; ++k) {
-    for (int row = 0; row < 64; ++row) left[row][k] = value(operand(one.a, row, k));
-    for (int row = 0; row < 128; ++row) right[row][k] = value(operand(one.b, row, k));
+  constexpr int DEPTH = 32 / sizeof(Element), COLUMNS = 2 * SUMS;
+  static Sum left[64][DEPTH], right[COLUMNS][DEPTH];
+  for (int k = 0; k < DEPTH; ++k) {
+    for (int row = 0; row < 64; ++row) left[row][k] = element_at<Element>(one.a, row, k);
+    for (int row = 0; row < COLUMNS; ++row) right[row][k] = element_at<Element>(one.b, row, k);
   }
   for (int thread = 0; thread < 128; ++thread)
-    for (int i = 0; i < 64; ++i) {
+    for (int i = 0; i < SUMS; ++i) {
       const int row = thread / 32 * 16 + i / 2 % 2 * 8 + thread % 32 / 4;
       const Sum *x = left[row], *y = right[i / 4 * 8 + thread % 4 * 2 + i % 2];
       Sum& sum = static_cast<Sum*>(one.sums[thread])[i];
-      for (int k = 0; k < 32; ++k) sum += x[k] * y[k];
+      for (int k = 0; k < DEPTH; ++k) sum += x[k] * y[k];
     }
   ++counters.mma;
 }
@@ -191,9 +212,9 @@ inline Warpgroup& warpgroup() {
   return warpgroups[current / 128];
 }
 
-template <class Element, class Sum>
-static void multiply(Sum* sums, u64 a, u64 b) {
-  Product mine{a, b, {sums}, run_product<Element, Sum>};
+template <class Element, class Sum, int SUMS>
+static void multiply(Sum (&sums)[SUMS], u64 a, u64 b) {
+  Product mine{a, b, {sums}, run_product<Element, Sum, SUMS>};
   Warpgroup& group = warpgroup();
   group.meeting.slots[current % 128] = &mine;
   meet(group.meeting, [&] {
@@ -253,10 +274,10 @@ inline void wait_products() {
     }
   });
 }
-inline void multiply(signed char, int (&d)[64], u64 a, u64 b) {
-  emulated::multiply<signed char>(d, a, b);
+template <class Element, class Sum, int SUMS>
+inline void multiply(Element, Sum (&d)[SUMS], u64 a, u64 b) {
+  emulated::multiply<Element>(d, a, b);
 }
-inline void multiply(e4m3, float (&d)[64], u64 a, u64 b) { emulated::multiply<e4m3>(d, a, b); }
 template <class Sum>
 inline void settle(Sum&) {}
 
