@@ -30,8 +30,10 @@ SAMP = str(Path(sys.executable).with_name("samp"))
 MODEL = "film-reviews"
 TIERS = ("exact", "fast")
 MAX_LENGTH = 512
+BESIDE = "SAMP_CHAOS_BESIDE"
+"""Set in the process of a part that runs beside others."""
 # Servers of the campaign are found by `samp status` apart from any other of this user.
-os.environ["XDG_CACHE_HOME"] = str(WORK / "cache")
+os.environ["XDG_CACHE_HOME"] = str(WORK / ("cache-beside" if BESIDE in os.environ else "cache"))
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,11 @@ class Serving:
 
 
 @contextlib.contextmanager
-def serve(out: Path, *words: object) -> Iterator[Serving]:
-    """`samp serve` on free ports; ended with SIGTERM."""
+def serve(out: Path, *words: object, log: str = "triton.log") -> Iterator[Serving]:
+    """`samp serve` on free ports; ended with SIGTERM. log: the file in WORK."""
     ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
-    log = WORK / "triton.log"
-    command = [SAMP, "serve", str(out), *ports, "--json", "--log", str(log), *map(str, words)]
+    command = [SAMP, "serve", str(out), *ports, "--json", "--log", str(WORK / log)]
+    command += map(str, words)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -9,13 +9,17 @@ make chaos CHAOS=--publish              # and write docs/reliability.md and benc
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import disk
@@ -25,10 +29,14 @@ import known
 import load
 import machine
 import overload
+import place
 from place import ROOT, WORK, Check, Serving, demo_build, serve
 
-PARTS = ("fuzz", "limits", "kills", "overload", "soak", "disk")
+PARTS = ("fuzz", "limits", "kills", "disk", "overload", "soak")
+ALONE = ("overload", "soak")
+"""Parts that measure rates and memory: nothing else of the campaign runs beside them."""
 DOC = ROOT / "docs" / "reliability.md"
+BESIDE = WORK / "beside.json"
 BEGIN, END = "<!-- campaign -->", "<!-- /campaign -->"
 
 
@@ -46,19 +54,23 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[Serving], list[Che
 def main() -> int:
     options = read()
     begun = time.monotonic()
-    out = demo_build()
+    out = copied() if place.BESIDE in os.environ else demo_build()
+    chosen = [name for name in PARTS if not options.only or name in options.only]
     checks: dict[str, list[Check]] = {}
     record: dict[str, Any] = {"seconds": 0}
     seconds: dict[str, int] = {}
+    apart = "disk" in chosen and chosen[0] not in (*ALONE, "disk")
+    beside = start_beside("disk") if apart else None
     # Each part has a server of its own, so that none sees what another one left.
-    for name, part in parts(options).items():
-        if options.only and name not in options.only:
-            continue
+    for name in chosen:
         print(f"---- {name}", flush=True)
-        started = time.monotonic()
-        with serve(out) as serving:
-            made = part(serving)
-        seconds[name] = round(time.monotonic() - started)
+        if name == "disk" and beside is not None:
+            made, seconds[name] = finish_beside(beside)
+        else:
+            started = time.monotonic()
+            with serve(out, log=f"triton-{name}.log") as serving:
+                made = parts(options)[name](serving)
+            seconds[name] = round(time.monotonic() - started)
         checks[name] = made
         for check in made:
             word = {True: "ok", False: "FAILED", None: "stated"}[check.ok]
@@ -67,7 +79,7 @@ def main() -> int:
                 print(f"        {json.dumps(check.figures)[:3000]}", flush=True)
         record = result(checks, options, time.monotonic() - begun) | {"part_seconds": seconds}
         WORK.mkdir(parents=True, exist_ok=True)
-        (WORK / "result.json").write_text(json.dumps(record, indent=1) + "\n")
+        options.record.write_text(json.dumps(record, indent=1) + "\n")
         if options.publish:
             publish(record)
     count = sum(len(made) for made in checks.values())
@@ -75,6 +87,37 @@ def main() -> int:
     each = ", ".join(f"{name} {took}" for name, took in seconds.items())
     print(f"chaos: {count} checks, {len(failed)} failed, {record['seconds']} s ({each})")
     return 1 if failed else 0
+
+
+def start_beside(part: str) -> subprocess.Popen[str]:
+    """One part in a process of its own, which leaves its record in BESIDE."""
+    BESIDE.unlink(missing_ok=True)
+    words = [word for word in sys.argv[1:] if word == "--short"]
+    command = [sys.executable, __file__, "--only", part, "--record", str(BESIDE), *words]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, place.BESIDE: "1"},
+    )  # fmt: skip
+
+
+def copied() -> Path:
+    """The build of the run that this part is beside, as a folder of its own."""
+    out = WORK / "demo-beside"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(WORK / "demo", out, symlinks=True)
+    return out
+
+
+def finish_beside(process: subprocess.Popen[str]) -> tuple[list[Check], int]:
+    """Its checks, and the seconds that it took."""
+    said, _ = process.communicate()
+    if not BESIDE.is_file():
+        raise SystemExit(f"chaos: the part beside ended with {process.returncode}: {said[-3000:]}")
+    record = json.loads(BESIDE.read_text())
+    fields = [field.name for field in dataclasses.fields(Check)]
+    checks = [Check(**{name: check[name] for name in fields}) for check in record["checks"]]
+    (took,) = record["part_seconds"].values()
+    return checks, took
 
 
 def read() -> argparse.Namespace:
@@ -85,6 +128,7 @@ def read() -> argparse.Namespace:
     parser.add_argument("--case", type=int, help="one fuzzed request alone, and what came of it")
     parser.add_argument("--requests", type=int, help="fuzzed requests; 10,000, short 2,000")
     parser.add_argument("--soak", type=float, help="seconds; 600, short 30")
+    parser.add_argument("--record", type=Path, default=WORK / "result.json")
     parser.add_argument("--publish", action="store_true", help="write the table and the result")
     options = parser.parse_args()
     options.requests = options.requests or (2_000 if options.short else 10_000)
