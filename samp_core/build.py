@@ -25,6 +25,7 @@ from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
 from samp_core.costs import weigh
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
+from samp_core.enough import shortages
 from samp_core.errors import SampError, UsageError
 from samp_core.latency import SINGLE, foretold
 from samp_core.lower_loss import loss_note, loss_report
@@ -57,12 +58,15 @@ class BuildResult:
     report: dict[str, Any]
 
 
-def build(
-    config: BuildConfig | Mapping[str, Any] | Path | str, progress: Progress = silent
-) -> BuildResult:
+Config = BuildConfig | Mapping[str, Any] | Path | str
+Note = Callable[[str], None]
+
+
+def build(config: Config, progress: Progress = silent, note: Note = lambda _: None) -> BuildResult:
     """Run a whole build into config.folder. Raises SampError; work done so far stays cached.
 
-    config: a BuildConfig, its fields as in build.yaml, or the path of such a file.
+    config: a BuildConfig, its fields as in build.yaml, or the path of such a file. note: told
+    what a user may want to stop the build for, as soon as it is known.
     """
     if isinstance(config, (str, Path)):
         config = load_config(Path(config), {})
@@ -88,6 +92,12 @@ def build(
         metric = metrics.of(bench.task, bench.checkpoint.labels, scored)
         parts = [bench.split(s) for s in (splits.calibration, splits.search, splits.verification)]
         calibration, search, verification = parts
+        correct = Verifier(
+            bench, {FLOAT: bench.base_plan()}, verification, config.alpha, metric
+        )  # fmt: skip
+        for lacking in shortages(config.tiers, correct):
+            note(lacking)
+            warnings.append(lacking)
         facts: dict[str, Any] = {}
         clock = Clock(begin, config.budget_s)
         modes = plan_modes(config, bench, calibration, search, facts, clock.part(CALIBRATING))
@@ -102,7 +112,7 @@ def build(
             losses = loss_report(bench, plans, {"search": search, "verification": verification})
             found.record["loss"] = losses
             warnings += loss_note(losses)
-        correct = Verifier(bench, plans, verification, config.alpha, metric)
+        correct.add(plans)
         choices = {
             name: choose(name, spec, candidates, correct, clock.spent_all, found.rivals)
             for name, spec in config.tiers.items()
@@ -434,9 +444,9 @@ class _Callable(ModuleType):
     """`samp_core.build(config)` runs a build: the function and its module share that name."""
 
     def __call__(
-        self, config: BuildConfig | Mapping[str, Any] | Path | str, progress: Progress = silent
+        self, config: Config, progress: Progress = silent, note: Note = lambda _: None
     ) -> BuildResult:
-        return build(config, progress)
+        return build(config, progress, note)
 
 
 sys.modules[__name__].__class__ = _Callable

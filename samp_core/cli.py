@@ -122,7 +122,7 @@ def build(
     )
     try:
         with show.progress() as progress:
-            report = run(settings, progress).report
+            report = run(settings, progress, show.note).report
     except KeyboardInterrupt:
         show.kept_plans(settings.folder)
         raise

@@ -381,20 +381,42 @@ def expected_floor(lost: float, noise: float, n: int, alpha: float = 0.05) -> fl
 def examples_for_bound(
     promise: float, lost: float, noise: float, worst: float, alpha: float = 0.05
 ) -> int:
-    """About the fewest texts whose `expected_bound` is at most the promise. ValueError: none."""
+    """About the fewest texts whose `expected_bound` is at most the promise. ValueError: none.
+
+    Where nothing changed, how often the bootstrap draws the worst text is all there is: a Poisson
+    number of mean 1, whose quantile is taken in place of the normal's.
+    """
+    draws = _poisson_quantile(1.0 - alpha)
+
+    def bound(n: int) -> float:
+        if noise == 0.0:
+            return max(lost, 0.0) + draws * worst / n
+        return expected_bound(lost, noise, worst, n, alpha)
+
     enough = 1
-    while expected_bound(lost, noise, worst, enough, alpha) > promise:
+    while bound(enough) > promise:
         enough *= 2
         if enough > _MOST_EXAMPLES:
             raise ValueError(f"more than {_MOST_EXAMPLES} examples are needed")
     few = enough // 2
     while enough - few > 1:
         middle = (few + enough) // 2
-        if expected_bound(lost, noise, worst, middle, alpha) > promise:
+        if bound(middle) > promise:
             few = middle
         else:
             enough = middle
     return enough
+
+
+def _poisson_quantile(share: float) -> int:
+    """The least k of which at least `share` of the Poisson numbers of mean 1 are at most k."""
+    k, term = 0, math.exp(-1.0)
+    total = term
+    while total < share:
+        k += 1
+        term /= k
+        total += term
+    return k
 
 
 def _resampled(texts: FloatArray, resamples: int, seed: int) -> FloatArray:

@@ -40,6 +40,11 @@ class Metric(Protocol):
     def ci95(self, texts: Array) -> Interval: ...
     def changed(self, control: Array, candidate: Array) -> Counts: ...
     def test(self, control: Array, candidate: Array, promise: float, alpha: float) -> DropTest: ...
+    def unchanged(self, n: int, promise: float, alpha: float) -> DropTest | None:
+        """The test on n texts of a plan that changes nothing; None where only float's answers
+        tell it."""
+        ...
+
     def candidate(
         self, name: str, ms: float, reference: F32, logits: F32, split: Measurable
     ) -> Candidate: ...
@@ -68,6 +73,10 @@ class Accuracy:
 
     def test(self, control: Array, candidate: Array, promise: float, alpha: float) -> DropTest:
         return evaluate.drop_test(control, candidate, promise, alpha)
+
+    def unchanged(self, n: int, promise: float, alpha: float) -> DropTest:
+        bound = evaluate.drop_upper_bound(0, 0, n, alpha)
+        return DropTest(0, 0, n, 0.0, bound, promise, alpha, bound <= promise)
 
     def candidate(
         self, name: str, ms: float, reference: F32, logits: F32, split: Measurable
@@ -136,6 +145,9 @@ class Bootstrapped:
         b, c, n = self.changed(control, candidate)
         drop = self.value(control) - self.value(candidate)
         return DropTest(b, c, n, drop, bound, promise, alpha, bound <= promise)
+
+    def unchanged(self, n: int, promise: float, alpha: float) -> None:
+        """What one worst text costs depends on what float has right."""
 
     def candidate(
         self, name: str, ms: float, reference: F32, logits: F32, split: Measurable

@@ -42,6 +42,11 @@ def progress(enabled: bool = True) -> Iterator[Progress]:
         yield stage
 
 
+def note(text: str) -> None:
+    """What the user may act on while the work goes on, above the bars on stderr."""
+    err.print(f"  note: {text}", soft_wrap=True, markup=False)
+
+
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout, wide enough for its cells where stdout is no terminal."""
     made = Table(header_style="bold")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from samp_kernels.interface import Array
 
 from samp_core import allocate, evaluate
@@ -64,6 +65,10 @@ class Verifier:
         self.n = split.rows.n
         self._texts: dict[str, Array] = {}
 
+    def add(self, plans: Mapping[str, Plan]) -> None:
+        """Plans that may be tested, too, by name."""
+        self._plans = {**self._plans, **plans}
+
     def ran(self, name: str) -> bool:
         """Whether a plan has been run over the split."""
         return name in self._texts
@@ -77,6 +82,15 @@ class Verifier:
 
     def test(self, name: str, promise: float) -> evaluate.DropTest:
         return self.metric.test(self.texts(FLOAT), self.texts(name), promise, self.alpha)
+
+    def unchanged(self, promise: float) -> tuple[evaluate.DropTest, str]:
+        """The test of a plan that changes no answer, and at least how many rows would pass it."""
+        known = self.metric.unchanged(self.n, promise, self.alpha)
+        test = known or self.test(FLOAT, promise)
+        if test.passed:
+            return test, f"{self.n:,}"
+        texts = np.empty(0) if known else self.texts(FLOAT)
+        return test, self.metric.needed(test, texts, texts)
 
     def needed(self, name: str, test: evaluate.DropTest) -> str:
         """About how many rows would settle a test that failed, in words."""
@@ -207,14 +221,7 @@ def _by_drop(
             yield candidate.name
 
     result = evaluate.fixed_sequence(until_late(), lambda name: verifier.test(name, promise))
-    unchanged = verifier.test(FLOAT, promise)
-    met = result.served is not None or unchanged.passed
-    if not unchanged.passed:
-        needed = verifier.needed(FLOAT, unchanged)
-        notes.append(
-            f"tier {tier}: a promise of {spec.drop:g} points needs at least {needed} "
-            f"verification rows even for a plan that changes nothing; there are {n:,}"
-        )
+    met = result.served is not None or verifier.unchanged(promise)[0].passed
     if result.tests and not result.tests[-1][1].passed:
         name, test = result.tests[-1]
         if test.drop < promise and test.b + test.c > 0:

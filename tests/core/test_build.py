@@ -332,7 +332,7 @@ def test_drop_tiers_walk_the_sequence_that_the_search_fixed(planted: Built) -> N
 
 
 def test_a_promise_beyond_the_rows(planted: Built) -> None:
-    """0.2 points need 1,351 rows even where nothing changes."""
+    """0.2 points need 1,351 rows even where nothing changes; that is said before all else."""
     row = planted.tier("d0")
     assert row["met"] is False
     assert row["plan"].startswith("float")
@@ -340,6 +340,10 @@ def test_a_promise_beyond_the_rows(planted: Built) -> None:
     note = next(w for w in planted.report["warnings"] if w.startswith("tier d0:"))
     assert "needs at least 1,351 verification rows" in note
     assert f"there are {planted.splits().verification.n}" in note
+    assert planted.report["warnings"].count(note) == 1
+    stage = re.search(r"\(\d+ steps\)", planted.done.err)
+    assert stage is not None
+    assert planted.done.err.index(f"note: {note}") < stage.start()
 
 
 def test_ceilings(planted: Built) -> None:

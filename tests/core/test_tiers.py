@@ -16,6 +16,8 @@ from samp_core import evaluate
 from samp_core.allocate import Candidate
 from samp_core.config import TierSpec
 from samp_core.data import make_rows
+from samp_core.enough import shortage
+from samp_core.metrics import Bootstrapped
 from samp_core.plan import Plan
 from samp_core.tiers import FLOAT, Choice, Verifier, choose, fastest, near_ones, recheck
 from samp_core.workbench import Split
@@ -132,17 +134,50 @@ def test_nothing_slower_than_float_is_tested() -> None:
 
 @pytest.mark.parametrize("promise", [0.05, 0.1])
 def test_a_promise_that_the_rows_cannot_support(promise: float) -> None:
-    choice, _ = serve(
-        TierSpec(drop=promise), {"full(1)": 0, "full(2)": 0, "full(3)": 0, "full(4)": 0}
-    )
+    """It is not met; and what is lacking is known before any row has been run."""
+    spec = TierSpec(drop=promise)
+    choice, _ = serve(spec, {"full(1)": 0, "full(2)": 0, "full(3)": 0, "full(4)": 0})
     assert not choice.met
     assert choice.plan == FLOAT
     assert not any(test.passed for _, test in choice.tests)
-    found = re.search(r"at least ([\d,]+) verification rows .* there are 2,000", choice.warnings[0])
-    assert found, choice.warnings
+    source = Logits({FLOAT: 0})
+    text = shortage("mine", spec, verifier(source)) or ""
+    assert source.asked == []
+    found = re.search(r"at least ([\d,]+) verification rows .* there are 2,000, enough", text)
+    assert found, text
     needed = int(found[1].replace(",", ""))
     assert evaluate.drop_upper_bound(0, 0, needed, 0.05) <= promise / 100
     assert evaluate.drop_upper_bound(0, 0, needed - 1, 0.05) > promise / 100
+    enough = re.search(r"enough for ([\d.]+) points", text)
+    assert enough, text
+    least = float(enough[1])
+    assert shortage("mine", TierSpec(drop=least), verifier(source)) is None
+    assert shortage("mine", TierSpec(drop=least - 0.01), verifier(source)) is not None
+
+
+def test_rows_for_a_metric_that_is_bounded_by_the_bootstrap() -> None:
+    """F1: what is lacking depends on float's answers, which are run once; the number is right."""
+
+    def lacking(n: int) -> tuple[str | None, list[str]]:
+        source = Logits({FLOAT: 0}, n)
+        rows = make_rows(list(map(str, range(n))), ["no"] * n, Path("rows.jsonl"))
+        bench: Any = source
+        plans = {FLOAT: Plan("0" * 64, {"layers": 4}, "onednn", {}, {}, FLOAT)}
+        metric = Bootstrapped(
+            "F1", lambda logits, split: np.stack([logits[:, 0], *2 * [logits[:, 1]]], 1),
+            evaluate.f1, lambda texts: (np.array([1, 0, 0]), np.array([0, 1, 1])),
+            lambda texts, control: texts[:, 1],
+        )  # fmt: skip
+        checked = Verifier(bench, plans, Split(rows, [], np.zeros(n, np.int64)), 0.05, metric)
+        return shortage("mine", TierSpec(drop=1.0), checked), source.asked
+
+    text, asked = lacking(100)
+    assert asked == [FLOAT]
+    found = re.search(r"at least ([\d,]+) verification rows", text or "")
+    assert found, text
+    needed = int(found[1].replace(",", ""))
+    assert lacking(int(0.95 * needed))[0] is not None
+    assert lacking(int(1.05 * needed))[0] is None
 
 
 def test_how_many_rows_could_settle_it() -> None:
