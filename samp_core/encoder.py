@@ -6,11 +6,9 @@ the input type of the next, so a quantized site's input is written quantized by 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,11 +29,9 @@ from samp_kernels.interface import (
     position_bias_of,
 )
 
-from samp_core.backends import open_backend as open_backend
 from samp_core.errors import SampError
 from samp_core.order import restore_order, round_up, sort_by_length
 from samp_core.plan import HALVES, TOKEN_SITES, Plan
-from samp_core.tensors import load_tensors
 
 Observer = Callable[[str, Any], None]
 """Called with a site's full name and its float input, [tokens, features]; calibration listens."""
@@ -421,34 +417,6 @@ class LoopSession:
     def _record(self, site: str, part: int) -> None:
         ran = self._backend.ran
         self._executed[site] = ran[part] if ran else "unknown"
-
-
-def save_encoder(folder: Path, config: EncoderConfig, plan: Plan) -> None:
-    """plan.json and encoder.json; the weights are written by repository.py beside them."""
-    (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    text = json.dumps(asdict(config), indent=1) + "\n"
-    (folder / "encoder.json").write_text(text, encoding="utf-8")
-
-
-def load_encoder(folder: Path) -> tuple[EncoderConfig, Plan, dict[str, Array]]:
-    """An encoder folder's config, plan and portable tensors."""
-    from safetensors import SafetensorError
-
-    config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))
-    plan = Plan.from_json((folder / "plan.json").read_text(encoding="utf-8"), "plan.json")
-    try:
-        tensors = load_tensors(folder / "weights.safetensors")
-    except SafetensorError as error:
-        raise SampError(
-            "damaged_weights", f"weights.safetensors: {error}", "an intact file", "samp build again"
-        ) from None
-    return config, plan, tensors
-
-
-def load_session(folder: Path, threads: int | None = None) -> Session:
-    """The session of an encoder folder, on the backend that its plan names."""
-    config, plan, tensors = load_encoder(folder)
-    return prepare(open_backend(plan.backend, threads), config, tensors, plan, threads=threads)
 
 
 def _count() -> None:

@@ -12,6 +12,7 @@ from samp_kernels.interface import KernelError
 from samp_core import cache, calibrate
 from samp_core.build import open_workbench, read_splits, write
 from samp_core.config import BuildConfig
+from samp_core.device import differences, words
 from samp_core.encoder import check_plan
 from samp_core.errors import SampError, UsageError
 from samp_core.plan import Plan, Recipe
@@ -107,16 +108,12 @@ def _check_device(config: GenerateConfig, bench: Workbench, name: str, plan: Pla
     is emulated: the repository may be meant for a machine that has it.
     """
     here = bench.device()
-    other = [
-        f"{key} {plan.device[key]}"
-        for key in ("cpu", "isa", "gpu")
-        if key in plan.device and key in here and plan.device[key] != here[key]
-    ]
-    if other and "emulated" not in (plan.device.get("gpu"), here.get("gpu")):
+    other = differences(plan.device, here)
+    if other:
         raise SampError(
             "plan_mismatch",
             f"{config.plans[name]} was made on another device: {', '.join(other)}",
-            ", ".join(f"{key} {here[key]}" for key in ("cpu", "isa", "gpu") if key in here),
+            words(here),
             f"plan again: {_again(config, plan.backend)}; or, if its latencies do not "
             "matter, take `device` out of the plan",
         )

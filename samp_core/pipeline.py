@@ -11,7 +11,7 @@ import numpy as np
 from samp_kernels.interface import F32, Array, Batch, Session, pack_batch
 
 from samp_core import bio, heads
-from samp_core.encoder import load_session
+from samp_core.encoder_files import load_session
 from samp_core.manifest import read_manifest
 from samp_core.model_config import from_pbtxt
 from samp_core.rows import Text

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from samp_kernels.interface import Array, EncoderConfig, OutputKind
 
 from samp_core import heads, model_config
-from samp_core.encoder import save_encoder
+from samp_core.encoder_files import save_encoder
 from samp_core.errors import SampError, UsageError
 from samp_core.manifest import HASHES, Manifest, Tier, file_sha256, held, read_manifest, verify
 from samp_core.plan import Plan

@@ -121,6 +121,8 @@ class Orders:
                 )
             elif "result" in line and line["result"]["loads"]:
                 made = line["result"]
+                for text in made["notes"]:
+                    print(f"  note: {text}", file=sys.stderr)
                 print(f"  {made['repository']}: build {made['build']} is served", file=sys.stderr)
                 sys.stderr.flush()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from samp_core import activation
+from samp_core import activation, fits
 from samp_core.activation import Spec, Step
 from samp_core.control import (
     Control,
@@ -83,6 +83,7 @@ class Server:
         self.http, self.grpc, self.metrics = (f"{host}:{port}" for port in ports)
         self.log = log
         self.pid = process.pid
+        self.notes: list[str] = []
         self._builds: dict[Path, Manifest] = {}
         self._holds: dict[Path, dict[Path, int]] = {}  # folder -> build -> descriptor
         self._view: dict[str, Spec] = {}
@@ -127,8 +128,8 @@ class Server:
         to `log`, else to a file of this user's cache that a clean stop removes. `log_batches`
         writes one log line for every batch that an encoder runs. `options` are Triton's own;
         `layout` sets instances and queue delays other than the builds'.
-        Raises SampError: no build, damaged repository, unknown tier, two folders of one model,
-        taken port, no Triton, or what Triton died of.
+        Raises SampError: no build, damaged repository, a plan that cannot run here, unknown tier,
+        two folders of one model, taken port, no Triton, or what Triton died of.
         """
         folders = [out] if isinstance(out, Path) else list(out)
         builds = {folder.absolute(): read_manifest(folder) for folder in folders}
@@ -138,6 +139,7 @@ class Server:
             models = manifest.models(tiers)
             verify(manifest, models=models, largest=_HASHED_AT_START)
             view |= activation.view(manifest, tiers)
+        notes = [n for where, m in builds.items() for n in fits.check(where, m, tiers, threads)]
         triton = find_triton()
         wanted = (http_port, grpc_port, metrics_port)
         for attempt in range(_START_ATTEMPTS):
@@ -162,7 +164,7 @@ class Server:
                 if not lost or attempt == _START_ATTEMPTS - 1:
                     raise
                 continue
-            server._builds, server._view = builds, view
+            server._builds, server._view, server.notes = builds, view, notes
             server._holds = {
                 out: {manifest.folder.resolve(): hold(manifest.folder)}
                 for out, manifest in builds.items()
@@ -280,6 +282,7 @@ class Server:
             raise UsageError("not_served", f"{out} is not served here", served, "name one of them")
         new = read_manifest(out, build)
         verify(new, models=new.models(self._tiers))
+        notes = fits.check(out, new, self._tiers)
         activation.check_names({**self._builds, out: new})
         if not force:
             activation.check_meaning(old, new)
@@ -310,6 +313,7 @@ class Server:
             "loads": loads,
             "tiers": list(new.chosen(self._tiers)),
             "gone": [name for name in gone if name in before],
+            "notes": notes,
         }
 
     def _hold_linked(self, out: Path, build: Path, held: int, names: Iterable[str]) -> None:

@@ -173,7 +173,7 @@ class Encoder:
 
         SAMP_THREADS overrides the parameter `threads`; `log` is used under SAMP_LOG_BATCHES.
         """
-        from samp_core.encoder import load_session
+        from samp_core.encoder_files import load_session
 
         check_folder(folder)
         config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from samp_kernels.interface import Array, Batch, EncoderConfig, OutputKind, Session
 
-from samp_core.backends import open_backend
 from samp_core.checkpoint import checkpoint_sha256, encoder_config, encoder_tensors
-from samp_core.encoder import prepare
+from samp_core.encoder_files import planned_session
 from samp_core.errors import SampError, UsageError
 from samp_core.families import FAMILIES
 from samp_core.plan import Plan
@@ -61,9 +60,7 @@ def wrap(hf_model: Any, plan: Plan | Path | str, *, threads: int | None = None) 
         if value.is_floating_point()
     }
     tensors = export_weights(encoder_tensors(state, config, hf, where), chosen)
-    session = prepare(
-        open_backend(chosen.backend, threads), config, tensors, chosen, threads=threads
-    )
+    session = planned_session(config, tensors, chosen, threads)
     prefix = FAMILIES[config.family].prefix.rstrip(".")
     base = getattr(hf_model, prefix, hf_model)
     only_first = type(hf_model).__name__.endswith("ForSequenceClassification")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,14 +12,15 @@ from samp_kernels.cpu import level
 from samp_kernels.interface import CODES, F32, Array, Backend, Session
 
 from samp_core import bio, calibrate, encoder, heads, latency
+from samp_core.backends import open_backend
 from samp_core.cache import Cache
 from samp_core.checkpoint import Checkpoint
 from samp_core.data import Rows, gold_values
+from samp_core.device import device
 from samp_core.encoder import (
     LoopSession,
     check_plan,
     halves,
-    open_backend,
     prepare,
     quantizable_sites,
 )
@@ -299,24 +298,6 @@ class Workbench:
             "code": self.code,
             "versions": versions(),
         }
-
-
-def device(threads: int) -> dict[str, Any]:
-    """What latencies were measured on: the CPU's name, its best integer ISA, the threads."""
-    name, isa = platform.machine(), "portable"
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        info = ""
-    for line in info.splitlines():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    for flag in ("amx_int8", "avx512_vnni", "avx_vnni", "avx2"):
-        if flag in info:
-            isa = flag
-            break
-    return {"cpu": name, "isa": isa, "threads": threads}
 
 
 def versions() -> dict[str, str]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import string
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from samp_kernels.interface import Array, EncoderConfig
@@ -35,17 +36,18 @@ def write_tiny(
     default_tier: str = "exact",
     head: str = "classification",
     backend: str = "reference",
+    device: Mapping[str, Any] | None = None,
     max_length: int = MAX_LENGTH,
 ) -> Path:
     """Write a build of random weights made from `seed` and make it the current one."""
     weights = tiny_weights(seed)
     plan = mode_plan(
-        Plan(f"{seed:064x}", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, backend, {}, {}),
-        "float",
-        0,
-        (),
-        Recipe(),
-    )
+        Plan(
+            f"{seed:064x}", {"layers": 1, "hidden": 16, "heads": 2, "ffn": 32}, backend,
+            device or {}, {},
+        ),
+        "float", 0, (), Recipe(),
+    )  # fmt: skip
     with build_lock(out):
         return write_build(
             out,

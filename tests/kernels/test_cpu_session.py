@@ -33,7 +33,8 @@ from samp_kernels.interface import (
 )
 
 from samp_core import calibrate
-from samp_core.encoder import LoopSession, prepare, save_encoder
+from samp_core.encoder import LoopSession, prepare
+from samp_core.encoder_files import save_encoder
 from samp_core.plan import Plan, Recipe, SitePlan, mode_plan
 from samp_core.quantize import export_weights
 
@@ -276,7 +277,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from samp_core import serving
-from samp_core.encoder import load_session
+from samp_core.encoder_files import load_session
 import numpy as np
 from samp_kernels.interface import pack_batch
 session = load_session(Path(sys.argv[1]), 2)

@@ -35,15 +35,10 @@ from samp_kernels.interface import (
 )
 
 from samp_core import encoder
+from samp_core.backends import open_backend
 from samp_core.checkpoint import Checkpoint, load_checkpoint
-from samp_core.encoder import (
-    LoopSession,
-    check_plan,
-    load_session,
-    prepare,
-    quantizable_sites,
-    save_encoder,
-)
+from samp_core.encoder import LoopSession, check_plan, prepare, quantizable_sites
+from samp_core.encoder_files import load_encoder, load_session, save_encoder
 from samp_core.errors import SampError
 from samp_core.order import restore_order, sort_by_length
 from samp_core.plan import Plan, Recipe, SitePlan, mode_plan
@@ -391,7 +386,7 @@ def test_a_saved_encoder_computes_the_same(
     save_encoder(tmp_path, checkpoint.config, plan)
     weights = tmp_path / "weights.safetensors"
     save_file(export_weights(checkpoint.tensors, plan), weights)
-    assert encoder.load_encoder(tmp_path)[:2] == (checkpoint.config, plan)
+    assert load_encoder(tmp_path)[:2] == (checkpoint.config, plan)
     wanted = open_session(checkpoint, plan, "onednn").run(batch_of())
     assert np.array_equal(load_session(tmp_path).run(batch_of()), wanted)
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -478,4 +473,4 @@ def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(
         SampError, match="unknown_backend: backend 'gpu'; allowed: cpu, cuda, onednn, refer"
     ):
-        encoder.open_backend("gpu")
+        open_backend("gpu")

@@ -21,7 +21,8 @@ from samp_kernels.interface import GEMM_SITES, QTensor, Weight
 from samp_kernels.onednn import OneDnnBackend
 
 from samp_core.checkpoint import Checkpoint, load_checkpoint
-from samp_core.encoder import prepare, quantizable_sites, save_encoder
+from samp_core.encoder import prepare, quantizable_sites
+from samp_core.encoder_files import save_encoder
 from samp_core.errors import SampError
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.quantize import export_weights
@@ -168,7 +169,7 @@ RUN_ONCE = """
 import json, sys
 from pathlib import Path
 from bert import batch_of
-from samp_core.encoder import load_session
+from samp_core.encoder_files import load_session
 for folder in sys.argv[1:]:
     session = load_session(Path(folder), 2)
     print("BEGIN", flush=True)

@@ -14,6 +14,7 @@ import pytest
 from samp_kernels.interface import Backend, pack_batch
 
 from samp_core import calibrate, encoder, heads, quantize
+from samp_core.backends import open_backend
 from samp_core.checkpoint import Checkpoint, load_checkpoint
 from samp_core.plan import Plan, Recipe, mode_plan
 from samp_core.repository import TierFiles, build_lock, write_build
@@ -102,7 +103,7 @@ def served(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def write_demo(out: Path, checkpoint: Checkpoint) -> Path:
     """A build of two plans made without a search: this folder tests serving, not choosing."""
     text = TextEncoder.load(checkpoint.folder, MAX_LENGTH)
-    backend = encoder.open_backend("onednn", 2)
+    backend = open_backend("onednn", 2)
     base = Plan(checkpoint.sha256, checkpoint.plan_config(), "onednn", {}, {})
     exact = mode_plan(base, "float", 0, (), Recipe())
     sites = encoder.quantizable_sites(backend)

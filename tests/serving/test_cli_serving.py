@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from forked import Done, forks
+from samp_kernels.cuda import missing as cuda_missing
 from separable import LABELS, planted_build, small, write_rows
 from tiny import write_tiny
 
@@ -186,6 +187,32 @@ def test_a_damaged_repository(tmp_path: Path) -> None:
     assert line.startswith("samp: damaged_repository: ")
     assert "weights.safetensors" in line
     assert "samp build" in line
+
+
+def test_plans_made_on_another_cpu_are_served_with_a_word(tmp_path: Path) -> None:
+    write_tiny(tmp_path, device={"cpu": "Another CPU", "isa": "sse9", "threads": 1})
+    command = [SAMP, "serve", str(tmp_path), *FREE, "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    grpc = json.loads(process.stdout.readline())["grpc"]
+    assert forks().samp("predict", "--url", grpc, "a text").code == 0
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert err.startswith("  note: tiny: the plans of exact were made on cpu Another CPU, isa sse9")
+    assert f"plan again: samp build --model CHECKPOINT --data ROWS --out {tmp_path}" in err
+
+
+@pytest.mark.skipif(not cuda_missing(), reason="backend cuda can run here")
+def test_a_plan_that_cannot_run_here_is_refused_before_triton_starts(tmp_path: Path) -> None:
+    write_tiny(tmp_path, tiers=("exact",), backend="cuda")
+    told = forks().samp("serve", tmp_path, *FREE, "--json")
+    assert (told.code, told.err) == (1, "")
+    error = told.json["error"]
+    assert error["code"] == "unsupported_plan"
+    assert error["given"].startswith("tier exact of tiny: backend cuda: ")
+    assert "samp build --model CHECKPOINT --data ROWS" in error["fix"]
+    assert "--backend auto" in error["fix"]
 
 
 # predict
