@@ -165,6 +165,8 @@ def generate(
     )
     with show.progress() as progress:
         report = run(GenerateConfig(plans, settings, data is not None), progress)
+    for warning in report["warnings"]:
+        show.note(warning)
     if as_json:
         _print_json(report)
     else:

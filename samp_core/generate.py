@@ -15,7 +15,7 @@ from samp_core.config import BuildConfig
 from samp_core.device import differences, words
 from samp_core.encoder import check_plan
 from samp_core.errors import SampError, UsageError
-from samp_core.plan import Plan, Recipe
+from samp_core.plan import UNMEASURED, Plan, Recipe, unmeasured
 from samp_core.quantize import export_weights, needed_scales
 from samp_core.repository import TierFiles, build_lock, check_names
 from samp_core.workbench import Progress, Workbench, silent
@@ -98,6 +98,11 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
     return {
         "repository": str(build.folder),
         "tiers": [{"name": name, "plan": files.plan.summary()} for name, files in tiers.items()],
+        "warnings": [
+            f"the plan of tier {name} {UNMEASURED}"
+            for name, files in tiers.items()
+            if unmeasured(files.plan)
+        ],
     }
 
 

@@ -43,6 +43,12 @@ class Recipe:
     """Input channels of the largest magnitude, multiplied in fp32 beside the int8 product."""
 
 
+UNMEASURED = (
+    "quantizes sites and was measured by no build: what it loses is unknown, and calibrators and "
+    "split outliers decide it (docs/calibration.md); samp build measures it"
+)
+
+
 def input_scale(site: str, precision: str) -> str:
     """Where a plan's `scales` hold the static scale of a GEMM's input: each precision has its own,
     since a plan can be edited from one to the other."""
@@ -292,3 +298,8 @@ def mode_plan(
     }
     name = "float" if kind == "float" or k == 0 else f"{kind}({k})"
     return replace(base, sites=plans, mode=name)
+
+
+def unmeasured(plan: Plan) -> bool:
+    """Whether what a plan's quantized sites lose was never measured."""
+    return bool(plan.quantized_sites()) and not plan.measured

@@ -1,9 +1,9 @@
 """Which recipe each site gets: compared by what it does to a site's output, then to the model's.
 
 `auto` makes a plan with each site's own best calibrator, one with scales per token where they lose
-less, one with these or split outliers at the dearest sites, and puts them beside every uniform
-recipe on search rows. The least KL + rate * milliseconds wins: what costs time has to bring more
-than that time buys elsewhere.
+less, one with these or split outliers at the dearest sites (or everywhere, where no site is dear
+and all are), and puts them beside every uniform recipe on search rows. The least KL + rate *
+milliseconds wins: what costs time has to bring more than that time buys elsewhere.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ OUTLIERS = "mse 4 outliers"
 PER_SITE = "per site"
 PER_TOKEN = "per site and token"
 DEAR = "per site, token or outliers where dear"
+EVERYWHERE = "per site, token or outliers everywhere"
 UNCOMPARED = Recipe(calibrator="percentile", percentile=99.99)
 """What every site gets where there was no time to compare anything."""
 SAVING = 0.03
 """Share of the whole cost that a token scale or split channels have to take off at a site."""
+
+SPREAD = 0.1
+"""Token scales and outliers everywhere are tried where they leave at most this share of what they
+leave at dear sites alone: a model whose loud channels run through all of its layers."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,12 @@ def _int8(
         wins = per_site(errors, {**static, TOKEN: extra[TOKEN]})
         found[PER_TOKEN] = {**made, **{site: wins[site] for site in token_sites(list(wins))}}
     if extra:
-        found[DEAR] = {**made, **where_dear(errors, static, extra)}
+        dear = {**made, **where_dear(errors, static, extra, SAVING)}
+        found[DEAR] = dear
+        every = {**made, **where_dear(errors, static, extra, 0.0)}
+        options = {**static, **extra}
+        if cost(errors, every, options) <= SPREAD * cost(errors, dear, options):
+            found[EVERYWHERE] = every
     if config.activation == "token":
         sites = dict.fromkeys(token_sites(list(made)), extra[TOKEN])
         found, static = {PER_TOKEN: {**made, **sites}}, {}
@@ -190,11 +200,14 @@ def per_site(errors: Errors, options: Mapping[str, Recipe]) -> dict[str, Recipe]
 
 
 def where_dear(
-    errors: Errors, static: Mapping[str, Recipe], extra: Mapping[str, Recipe]
+    errors: Errors,
+    static: Mapping[str, Recipe],
+    extra: Mapping[str, Recipe],
+    saving: float = SAVING,
 ) -> dict[str, Recipe]:
-    """The best of `extra` at the sites where it takes off SAVING of what all sites cost."""
+    """The best of `extra` at the sites where it takes off that share of what all sites cost."""
     best = {site: min(each[name] for name in static) for site, each in errors.items()}
-    least = SAVING * sum(best.values())
+    least = saving * sum(best.values())
     found = {}
     for site, each in errors.items():
         able = [n for n in extra if n != TOKEN or token_sites([site])]
@@ -202,6 +215,12 @@ def where_dear(
         if name is not None and best[site] - each[name] > least:
             found[site] = extra[name]
     return found
+
+
+def cost(errors: Errors, chosen: Mapping[str, Recipe], options: Mapping[str, Recipe]) -> float:
+    """What the sites cost together under these of the options, in nats a row."""
+    names = {recipe: name for name, recipe in options.items()}
+    return sum(errors[site][names[recipe]] for site, recipe in chosen.items())
 
 
 def token_sites(sites: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ Inference only. Padding is dropped before the encoder and put back behind it.
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from samp_core.checkpoint import checkpoint_sha256, encoder_config, encoder_tens
 from samp_core.encoder_files import planned_session
 from samp_core.errors import SampError, UsageError
 from samp_core.families import FAMILIES
-from samp_core.plan import Plan
+from samp_core.plan import UNMEASURED, Plan, unmeasured
 from samp_core.quantize import export_weights
 
 _OUTPUTS = {
@@ -40,9 +41,12 @@ def wrap(hf_model: Any, plan: Plan | Path | str, *, threads: int | None = None) 
 
     hf_model: a transformers model of a family that we know, bare or with a head; it stays as it
     is, later changes of its weights are not seen. plan: a Plan, a plan.json, or a folder with one;
-    with scales where it quantizes. Raises SampError as loading an encoder does.
+    with scales where it quantizes; one that no build has measured is warned of. Raises SampError
+    as loading an encoder does.
     """
     chosen = plan if isinstance(plan, Plan) else _read_plan(Path(plan))
+    if unmeasured(chosen):
+        warnings.warn(f"this plan {UNMEASURED}", stacklevel=2)
     hf = hf_model.config.to_dict()
     where = Path(str(hf_model.config.name_or_path or type(hf_model).__name__))
     config = encoder_config(hf, where)

@@ -53,9 +53,8 @@ def test_the_choice_is_the_least_and_no_uniform_recipe_beats_it(chosen: recipes.
     trials = {t["name"]: t["kl"] + record["kl_per_ms"] * t["latency_ms"] for t in record["trials"]}
     assert record["chosen"] == min(trials, key=lambda name: trials[name])
     assert {recipes.PER_SITE} <= set(trials)
-    assert set(trials) - {recipes.PER_SITE, recipes.PER_TOKEN, recipes.DEAR} <= set(
-        recipes.uniform()
-    ), "one uniform recipe stands beside them"
+    by_site = {recipes.PER_SITE, recipes.PER_TOKEN, recipes.DEAR, recipes.EVERYWHERE}
+    assert set(trials) - by_site <= set(recipes.uniform()), "one uniform recipe stands beside them"
     sites = {f"layer.{i}.{s}" for i in range(3) for s in ("qkv", "scores", "context", "out")}
     assert sites < set(record["errors"])
     scales = chosen.scaled.scales
@@ -89,7 +88,7 @@ def test_without_time_nothing_is_compared(tmp_path: Path) -> None:
 
 def test_the_best_so_far_is_taken(opened: Opened, chosen: recipes.Chosen) -> None:
     """Whenever the time ends, what was compared decides, and the rest is named."""
-    most = len(recipes.uniform()) + 6
+    most = len(recipes.uniform()) + 7
     sizes = []
     for steps in range(most):
         found = recipes.choose(
@@ -144,6 +143,28 @@ def test_per_site_and_where_dear() -> None:
         "layer.0.qkv": "minmax token",
         "layer.0.ffn_out": "mse 4 outliers",
     }
+
+
+@pytest.mark.parametrize(("spread", "tried"), [(True, True), (False, False)])
+def test_outliers_everywhere_where_no_site_is_dear_and_all_are(
+    spread: bool, tried: bool, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve GEMMs that cost alike: 4 split channels take off 99% of it, or half."""
+    bench = opened.bench
+    gemms = [f"layer.{i}.{s}" for i in range(3) for s in ("qkv", "out", "ffn_in", "ffn_out")]
+    rest = [f"layer.{i}.{s}" for i in range(3) for s in ("scores", "context")]
+    static, split = recipes.uniform(), 0.01 if spread else 0.5
+
+    def errors(*_: Any) -> dict[str, dict[str, float]]:
+        quiet = dict.fromkeys((*static, recipes.TOKEN, recipes.OUTLIERS), 1e-09)
+        loud = {**dict.fromkeys(static, 1.0), recipes.TOKEN: 1.0, recipes.OUTLIERS: split}
+        return {**dict.fromkeys(gemms, loud), **dict.fromkeys(rest, quiet)}
+
+    monkeypatch.setattr(recipes, "measured_errors", errors)
+    monkeypatch.setattr(recipes, "SAVING", 0.2)
+    record = recipes.choose(opened.config, bench, opened.calibration, opened.search).record
+    names = {trial["name"] for trial in record["trials"]} | set(record["left_out"])
+    assert (recipes.EVERYWHERE in names) == tried
 
 
 @pytest.mark.parametrize(

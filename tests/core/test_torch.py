@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,17 @@ def test_a_plan_that_does_not_fit(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(SampError, match="unsupported_architecture"):
         samp_core.torch.wrap(electra, plan)
+
+
+def test_a_plan_that_nobody_measured_is_warned_of(tmp_path: Path) -> None:
+    model = write_family(tmp_path, "bert")
+    plan = planned(tmp_path)
+    with pytest.warns(UserWarning, match="measured by no build"):
+        samp_core.torch.wrap(model, plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        samp_core.torch.wrap(model, replace(plan, measured={"drop_bound": 0.001}))
+        samp_core.torch.wrap(model, replace(float_plan(load_checkpoint(tmp_path)), backend=NAME))
 
 
 def test_a_text_that_is_too_long(tmp_path: Path) -> None:
