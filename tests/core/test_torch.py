@@ -275,7 +275,7 @@ def test_a_plan_that_does_not_fit(tmp_path: Path) -> None:
 
 def test_a_plan_that_nobody_measured_is_warned_of(tmp_path: Path) -> None:
     model = write_family(tmp_path, "bert")
-    plan = planned(tmp_path)
+    plan = planned(tmp_path, "full", 2)
     with pytest.warns(UserWarning, match="measured by no build"):
         samp_core.torch.wrap(model, plan)
     with warnings.catch_warnings():
