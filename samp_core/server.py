@@ -126,8 +126,8 @@ class Server:
 
         Port 0 is any free one. `threads` overrides the encoder threads of the build. The log goes
         to `log`, else to a file of this user's cache that a clean stop removes. `log_batches`
-        writes one log line for every batch that an encoder runs. `options` are Triton's own;
-        `layout` sets instances and queue delays other than the builds'.
+        writes one log line a batch of an encoder. `options` are Triton's own; `layout` sets
+        instances and queue delays other than the builds'.
         Raises SampError: no build, damaged repository, a plan that cannot run here, unknown tier,
         two folders of one model, taken port, no Triton, or what Triton died of.
         """
@@ -136,8 +136,7 @@ class Server:
         activation.check_names(builds)
         view: dict[str, Spec] = {}
         for manifest in builds.values():
-            models = manifest.models(tiers)
-            verify(manifest, models=models, largest=_HASHED_AT_START)
+            verify(manifest, models=manifest.models(tiers), largest=_HASHED_AT_START)
             view |= activation.view(manifest, tiers)
         notes = [n for where, m in builds.items() for n in fits.check(where, m, tiers, threads)]
         triton = find_triton()
@@ -276,8 +275,7 @@ class Server:
         what did not change too: the way back after a model process has died.
         """
         out = out.absolute()
-        old = self._builds.get(out)
-        if old is None:
+        if (old := self._builds.get(out)) is None:
             served = ", ".join(map(str, self._builds))
             raise UsageError("not_served", f"{out} is not served here", served, "name one of them")
         new = read_manifest(out, build)

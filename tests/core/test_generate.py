@@ -89,6 +89,7 @@ def test_a_builds_plans_make_the_same_tiers_without_data(built: Path, tmp_path: 
             {"name": tier, "plan": json.loads(plan_file(built, tier).read_text())["mode"] + rest}
             for tier, rest in ((t, _rest(built, t)) for t in ("exact", *TIERS))
         ],
+        "warnings": [],
     }
     for tier in ("exact", *TIERS):
         old, new = plan_file(built, tier), plan_file(tmp_path, tier)
@@ -127,6 +128,19 @@ def test_a_plan_edited_by_hand(built: Path, tmp_path: Path) -> None:
     answer = pipeline.load(tmp_path / "out", "mine").logits(texts)
     assert 1e-4 < np.abs(answer - exact).max() < 2.0
     assert (answer.argmax(axis=1) == exact.argmax(axis=1)).mean() > 0.9
+
+
+def test_a_plan_that_no_build_measured_is_said(built: Path, tmp_path: Path) -> None:
+    def change(plan: Json) -> None:
+        int8("layer.0.qkv")(plan)
+        plan.pop("measured")
+
+    mine = edited(built, tmp_path / "mine.json", change)
+    done = generate(tmp_path / "out", f"mine={mine}", more=("--json",))
+    assert done.code == 0, done.err
+    (warning,) = done.json["warnings"]
+    assert warning.startswith("the plan of tier mine quantizes sites and was measured by no build")
+    assert f"note: {warning}" in done.err
 
 
 def test_the_plan_says_which_backend(built: Path, tmp_path: Path) -> None:
