@@ -240,19 +240,7 @@ def examples_needed(
         raise ValueError(f"expected 0 < power < 1, got {power}")
     if true_drop >= promise:
         raise ValueError(f"no number of examples shows a drop of {true_drop} to be <= {promise}")
-    enough = 1
-    while pass_probability(enough, changed_rate, true_drop, promise, alpha) < power:
-        enough *= 2
-        if enough > _MOST_EXAMPLES:
-            raise ValueError(f"more than {_MOST_EXAMPLES} examples are needed")
-    few = enough // 2
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        if pass_probability(middle, changed_rate, true_drop, promise, alpha) < power:
-            few = middle
-        else:
-            enough = middle
-    return enough
+    return _fewest(lambda n: pass_probability(n, changed_rate, true_drop, promise, alpha) >= power)
 
 
 def quantile_intervals(
@@ -383,40 +371,31 @@ def examples_for_bound(
 ) -> int:
     """About the fewest texts whose `expected_bound` is at most the promise. ValueError: none.
 
-    Where nothing changed, how often the bootstrap draws the worst text is all there is: a Poisson
-    number of mean 1, whose quantile is taken in place of the normal's.
+    Without noise the bootstrap draws the worst text a Poisson number of times, of mean 1.
     """
-    draws = _poisson_quantile(1.0 - alpha)
+    from scipy.special import pdtr
+
+    draws = next(k for k in range(99) if pdtr(k, 1.0) >= 1.0 - alpha)
 
     def bound(n: int) -> float:
-        if noise == 0.0:
-            return max(lost, 0.0) + draws * worst / n
-        return expected_bound(lost, noise, worst, n, alpha)
+        seen = expected_bound(lost, noise, worst, n, alpha)
+        return seen if noise else max(lost, 0.0) + draws * worst / n
 
+    return _fewest(lambda n: bound(n) <= promise)
+
+
+def _fewest(able: Callable[[int], bool]) -> int:
+    """By doubling and halves, about the fewest examples that are enough. ValueError: none."""
     enough = 1
-    while bound(enough) > promise:
+    while not able(enough):
         enough *= 2
         if enough > _MOST_EXAMPLES:
             raise ValueError(f"more than {_MOST_EXAMPLES} examples are needed")
     few = enough // 2
     while enough - few > 1:
         middle = (few + enough) // 2
-        if bound(middle) > promise:
-            few = middle
-        else:
-            enough = middle
+        few, enough = (few, middle) if able(middle) else (middle, enough)
     return enough
-
-
-def _poisson_quantile(share: float) -> int:
-    """The least k of which at least `share` of the Poisson numbers of mean 1 are at most k."""
-    k, term = 0, math.exp(-1.0)
-    total = term
-    while total < share:
-        k += 1
-        term /= k
-        total += term
-    return k
 
 
 def _resampled(texts: FloatArray, resamples: int, seed: int) -> FloatArray:
