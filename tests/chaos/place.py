@@ -135,7 +135,9 @@ class Serving:
     def status(self) -> tuple[int, dict[str, Any]]:
         """Exit code and object of `samp status --json`."""
         done = samp("status", self.http, "--json")
-        return done.returncode, json.loads(done.stdout)[0]
+        found = json.loads(done.stdout)
+        assert isinstance(found, list), f"samp status: exit {done.returncode}: {done.stdout}"
+        return done.returncode, found[0]
 
 
 @contextlib.contextmanager
