@@ -86,8 +86,8 @@ async def opened(address: str, tier: str, rate: float, seconds: float, rows: int
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary(METHOD)
         for index, moment in enumerate(moments.tolist()):
-            if (wait := moment - time.monotonic()) > 0:
-                await asyncio.sleep(wait)
+            # Also when it is late, or nothing would be sent and read until all are drawn.
+            await asyncio.sleep(max(0.0, moment - time.monotonic()))
             tasks.append(asyncio.create_task(_one(call, bodies[index % len(bodies)], sent)))
         sent.seconds = time.monotonic() - begun
         await asyncio.gather(*tasks)

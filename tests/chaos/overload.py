@@ -136,11 +136,12 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
     answers_took = over.answers_s * at_peak.server / at_peak.answers_s
     refusal_us = 1e6 * (over.server - answers_took) / max(statistics.mean(refused_s), 1e-9)
     answer_us = 1e6 * at_peak.server / at_peak.answers_s
-    floor_us = _unknown_us(serving, callers)
-    cost = (
-        f"; CPU of the server: an answer {answer_us:.0f} us, a refusal {refusal_us:.0f}, a request "
-        f"that Triton itself refuses {floor_us:.0f}"
-    )
+    unknown_us = _unknown_us(serving, callers)
+    cost = f"; CPU of the server: an answer {answer_us:.0f} us"
+    if rows == 1:  # beside answers of many texts it is lost in their spread
+        cost += (
+            f", a refusal {refusal_us:.0f}, a request that Triton itself refuses {unknown_us:.0f}"
+        )
     others = max(phase.cores["others"] for phase in (at_peak, over))
     quiet = others <= QUIET * (os.cpu_count() or 1)
     offered = (len(sent.answers) + len(sent.refused)) / sent.seconds
@@ -185,7 +186,7 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
             "overloads": [_figures(phase) for phase in overs],
             "share_of_peak": round(held, 3), "share_by_cpu": round(work, 3), "quiet": quiet,
             "answer_us": round(answer_us), "refusal_us": round(refusal_us),
-            "unknown_model_us": round(floor_us),
+            "unknown_model_us": round(unknown_us),
             "answers_ms": [round(float(np.percentile(answers, p))) for p in (50, 99, 100)],
             "refusals_ms": [round(float(np.percentile(refusals, p)), 1) for p in (50, 99, 100)],
         },
