@@ -177,11 +177,14 @@ def write_repository(models: Path, out: Path, model: str, tier: str, hold: Path)
     config.parameters["hold"].string_value = str(hold)
     (encoder / "config.pbtxt").write_text(text_format.MessageToString(config))
     for name, size, parameters in (("refusing", 1024, {}), ("full", 1, {"hold": str(hold)})):
-        made = ModelConfig(name, (TEXT,), (OUT,), parameters, max_queue=size)
+        made = ModelConfig(name, (TEXT,), (OUT,), parameters)
         step = Step(name, {"TEXT": "TEXT"}, {"OUT": "OUT"})
         for one in (made, ModelConfig(f"{name}_tier", (TEXT,), (OUT,), steps=(step,))):
+            config = text_format.Parse(one.to_pbtxt(), pb.ModelConfig())
+            if one is made:
+                config.dynamic_batching.default_queue_policy.max_queue_size = size
             (models / one.name / "1").mkdir(parents=True)
-            (models / one.name / "config.pbtxt").write_text(one.to_pbtxt())
+            (models / one.name / "config.pbtxt").write_text(text_format.MessageToString(config))
         shutil.copyfile(PEERS / "model.py", models / name / "1" / "model.py")
 
 

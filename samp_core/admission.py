@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from samp_core.model_config import HARD_LIMIT, MAX_BATCH, OF_TIER, QUEUE_S
+from samp_core.model_config import MAX_BATCH, OF_TIER, QUEUE_S
 
 SHM = Path("/dev/shm")
 INSTANCES = 16
@@ -36,6 +36,8 @@ LEAST_REQUESTS = 16
 # Refusals alone leave the tokenizer at most once in so long: handing a batch over takes Triton and
 # the model five times the work of one more refusal in it.
 REFUSE_EVERY_S = 0.005
+# What was sent so many times `queue_s` ago is not in it, whatever became of it.
+HARD_LIMIT = 30
 # What was sent so long before the queue was empty is not in it, wherever it went.
 _ON_THE_WAY_S = 0.25
 # Triton hands over what waits as soon as a batch has ended. A pause of so long, and then a batch
@@ -171,14 +173,15 @@ class Gates:
     def admit(self, requests: Sequence[tuple[str, int] | None]) -> list[float | None]:
         """The output and the rows of each request that came; None: not of a tier, it passes.
 
-        As Gate.admit for each. Where the batch is of tiers that are full, and of nothing else, it
-        is held until the last one of that kind is long enough ago.
+        As Gate.admit for each. Where the batch is of tiers that are full, and of nothing else, and
+        there is room for more in it, it is held until the last one of that kind is long enough ago.
         """
         for name in {request[0] for request in requests if request is not None}:
             self._gates[name].settle()
         waits = [None if one is None else self._gates[one[0]].admit(one[1]) for one in requests]
         full = {one[0] for one, wait in zip(requests, waits, strict=True) if one and wait}
-        if full and all(one is not None and one[0] in full for one in requests):
+        room = sum(one[1] for one in requests if one is not None) < MAX_BATCH
+        if full and room and all(one is not None and one[0] in full for one in requests):
             early = self._refused_at + REFUSE_EVERY_S - time.monotonic()
             if early > 0:
                 time.sleep(early)

@@ -13,14 +13,8 @@ from typing import Any
 from samp_core.errors import SampError
 
 MAX_BATCH = 64
-# Requests waiting for one model before Triton itself refuses further ones. An encoder's are more
-# than admission.py lets through on a CPU, of single texts, too.
-MAX_QUEUE = 1024
-MAX_ENCODER_QUEUE = 4096
-# Seconds of work that may wait for a tier before further requests are refused (admission.py), and
-# how many times as long Triton lets one wait that got in all the same: then it is refused, too.
+# Seconds of work that may wait for a tier before further requests are refused (admission.py).
 QUEUE_S = 1.0
-HARD_LIMIT = 30
 # A tier's ensemble asks the tokenizer for `LENGTHS_<tier>`, which is LENGTHS: it has no other way
 # to tell its steps who they work for.
 OF_TIER = "LENGTHS_"
@@ -59,7 +53,6 @@ class ModelConfig:
     steps: tuple[Step, ...] = ()
     max_batch_size: int = MAX_BATCH
     queue_delay_us: int = 0
-    max_queue: int = MAX_QUEUE
     queue_s: float = QUEUE_S
     gpu: bool = False
 
@@ -99,10 +92,6 @@ class ModelConfig:
         message.instance_group.add(kind=kinds.KIND_GPU if self.gpu else kinds.KIND_CPU, count=1)
         # With no delay a lone request never waits; under load the queue forms by itself.
         message.dynamic_batching.max_queue_delay_microseconds = self.queue_delay_us
-        policy = message.dynamic_batching.default_queue_policy
-        policy.max_queue_size = self.max_queue
-        policy.timeout_action = pb.ModelQueuePolicy.REJECT
-        policy.allow_timeout_override = True
         set_queue_s(message, self.queue_s)
         return message
 
@@ -110,8 +99,16 @@ class ModelConfig:
 def set_queue_s(message: Any, queue_s: float) -> None:
     """The bound of the queues, in a Python model's config."""
     message.parameters["queue_s"].string_value = f"{queue_s:g}"
-    policy = message.dynamic_batching.default_queue_policy
-    policy.default_timeout_microseconds = round(1e6 * HARD_LIMIT * queue_s)
+
+
+def drop_queue_policy(message: Any) -> None:
+    """Take out of a Python model's config what Triton 24.10 pays for with its throughput.
+
+    With any default_queue_policy a batch is formed only when an instance waits for one, and nobody
+    wakes the batcher when an instance becomes free: what waits, waits for the next request or for
+    half a second (docs/reliability.md).
+    """
+    message.dynamic_batching.ClearField("default_queue_policy")
 
 
 def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
@@ -143,7 +140,6 @@ def from_pbtxt(text: str, source: str = "config.pbtxt") -> ModelConfig:
         ),
         max_batch_size=message.max_batch_size,
         queue_delay_us=batching.max_queue_delay_microseconds,
-        max_queue=batching.default_queue_policy.max_queue_size or MAX_QUEUE,
         queue_s=float(message.parameters["queue_s"].string_value or QUEUE_S),
         gpu=any(group.kind == pb.ModelInstanceGroup.KIND_GPU for group in message.instance_group),
     )
@@ -210,7 +206,6 @@ def encoder_config(
             **({"plan": plan} if plan else {}),
         },
         queue_delay_us=queue_delay_us,
-        max_queue=MAX_ENCODER_QUEUE,
         queue_s=queue_s,
         gpu=gpu,
     )

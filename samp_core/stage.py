@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from samp_core.activation import NEXT, Spec
-from samp_core.model_config import set_queue_s
+from samp_core.model_config import drop_queue_policy, set_queue_s
 
 BUILD = "build"
 CONFIG = "config.pbtxt"
@@ -56,6 +56,8 @@ class Stage:
         message.name = name
         message.parameters[BUILD].string_value = spec.build
         role = name.removeprefix(NEXT).partition("_")[0]
+        if message.backend == "python":  # of a build made by a release that wrote one
+            drop_queue_policy(message)
         if message.backend == "python" and role in self.layout.instances:
             message.instance_group[0].count = self.layout.instances[role]
         if message.backend == "python" and role in self.layout.queue_delay_us:

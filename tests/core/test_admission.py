@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from samp_core import admission
-from samp_core.admission import LEAST_REQUESTS, LEAST_ROWS, Gate, Gates, Progress
-from samp_core.model_config import HARD_LIMIT
+from samp_core.admission import HARD_LIMIT, LEAST_REQUESTS, LEAST_ROWS, Gate, Gates, Progress
 
 BATCH_S = 0.1
 

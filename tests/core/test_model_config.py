@@ -80,16 +80,13 @@ def test_only_inputs_of_any_length_are_ragged() -> None:
             assert tensor.allow_ragged_batch == (tensor.name in ("IDS", "TYPES")), tensor.name
 
 
-def test_a_lone_request_waits_for_nobody_and_the_queue_is_bounded() -> None:
+def test_a_lone_request_waits_for_nobody_and_no_batch_for_a_queue_policy() -> None:
     for role, delay in (("tokenizer", 0), ("encoder", 0), ("head", 250)):
         message = _message(role)
         assert message.HasField("dynamic_batching")
         assert message.dynamic_batching.max_queue_delay_microseconds == delay
-        policy = message.dynamic_batching.default_queue_policy
-        queue = mc.MAX_ENCODER_QUEUE if role == "encoder" else mc.MAX_QUEUE
-        assert policy.max_queue_size == queue
-        assert policy.default_timeout_microseconds == mc.HARD_LIMIT * 1_000_000
-        assert policy.timeout_action == pb.ModelQueuePolicy.REJECT
+        assert not message.dynamic_batching.HasField("default_queue_policy")
+        assert message.parameters["queue_s"].string_value == "1"
         assert [(g.kind, g.count) for g in message.instance_group] == [
             (pb.ModelInstanceGroup.KIND_CPU, 1)
         ]

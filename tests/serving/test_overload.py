@@ -148,20 +148,28 @@ def test_the_client_sends_again(
         assert twice.result(30)
 
 
-def test_the_bound_can_be_set_for_a_server(tmp_path: Path) -> None:
+def test_the_bound_can_be_set_for_a_server_and_older_builds_lose_their_queue_policy(
+    tmp_path: Path,
+) -> None:
     from samp_core.activation import view
     from samp_core.manifest import read_manifest
-    from samp_core.model_config import HARD_LIMIT, from_pbtxt
+    from samp_core.model_config import from_pbtxt
     from samp_core.stage import Layout, Stage
 
     write_tiny(tmp_path / "out", seed=1)
     stage = Stage(tmp_path / "stage", Layout(queue_s=0.25))
     for name, spec in view(read_manifest(tmp_path / "out")).items():
+        config = spec.source / "config.pbtxt"
+        older = config.read_text().replace(
+            "dynamic_batching {", "dynamic_batching { default_queue_policy { max_queue_size: 1024 }"
+        )
+        assert spec.parts or older != config.read_text()
+        config.write_text(older)
         stage.put(name, spec)
         text = (stage.folder / name / "config.pbtxt").read_text()
+        assert "default_queue_policy" not in text
         if not spec.parts:
             assert from_pbtxt(text).queue_s == 0.25
-            assert f"default_timeout_microseconds: {round(HARD_LIMIT * 250_000)}" in text
 
 
 def test_a_bound_that_is_none(tmp_path: Path) -> None:
