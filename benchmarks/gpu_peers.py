@@ -98,17 +98,19 @@ def time_gemms(report: Any, b: Any) -> None:
                 product = Product(rows, ops.padded(n), k * each, precision)
                 chosen = choose(product, device.sm, device.multiprocessors, tiled=tiled)
                 best = min(times, key=lambda name: times[name])
-                peer = _torch_product(precision, rows, n, k)
+                peer, whole = _torch_product(precision, rows, n, k)
                 name = f"{chosen.tile}/{chosen.splits}"
                 row = {
                     "precision": precision, "rows": rows, "site": site, "us": times.get(name),
                     "chosen": name, "best": best, "best_us": times[best], "torch_us": peer,
+                    "torch_with_epilogue_us": whole,
                     "tera_ops": 2e-6 * rows * n * k / times[best],
                 }  # fmt: skip
                 rows_found.append(row)
                 print(
                     f"     {precision} {rows}x{k}x{n}: {times.get(name, math.nan):.1f} us {name}, "
-                    f"best {times[best]:.1f} {best}, torch without epilogue {peer or math.nan:.1f}",
+                    f"best {times[best]:.1f} {best}, torch {peer or math.nan:.1f}, "
+                    f"with what our epilogue does {whole or math.nan:.1f}",
                     flush=True,
                 )
     report.note("gemms", rows_found)
@@ -118,19 +120,36 @@ def _launcher(b: Any, one: Any) -> Callable[[], None]:
     return lambda: b.launcher.launch(one)
 
 
-def _torch_product(precision: str, rows: int, n: int, k: int) -> float | None:
-    """torch._int_mm (int32 out), _scaled_mm of e4m3 (fp16 out) or an fp16 matmul: cuBLASLt without
-    our epilogue."""
+def _torch_product(precision: str, rows: int, n: int, k: int) -> tuple[float | None, float | None]:
+    """Microseconds of cuBLASLt by torch: the product alone, and with scale and bias to fp16.
+
+    int8 is _int_mm, whose int32 sums one fused element-wise kernel of CuPy then takes; fp8 is
+    _scaled_mm of e4m3, fp16 addmm, both with the bias in their own epilogue.
+    """
     try:
         import cupy
         import torch
     except ImportError:
-        return None
+        return None, None
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+    bias = torch.zeros(n, device="cuda", dtype=torch.float16)
     if precision == "int8":
         x = torch.randint(-127, 128, (rows, k), device="cuda", dtype=torch.int8)
         w = torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
-        return timed(stream, lambda: torch._int_mm(x, w.T), 10)
+        finish = cupy.ElementwiseKernel(
+            "int32 sum, float32 scale, float32 bias",
+            "float16 y",
+            "y = sum * scale + bias",
+            "finish",
+        )
+        scale, added = cupy.ones(n, cupy.float32), cupy.zeros(n, cupy.float32)
+        out = cupy.empty((rows, n), cupy.float16)
+
+        def whole() -> None:
+            with stream:
+                finish(cupy.from_dlpack(torch._int_mm(x, w.T)), scale, added, out)
+
+        return timed(stream, lambda: torch._int_mm(x, w.T), 10), timed(stream, whole, 10)
     a = torch.randn(rows, k, device="cuda", dtype=torch.float16)
     c = torch.randn(n, k, device="cuda", dtype=torch.float16)
     if precision == "fp8":
@@ -138,11 +157,17 @@ def _torch_product(precision: str, rows: int, n: int, k: int) -> float | None:
         one = torch.ones((), device="cuda")
         scaled = {"scale_a": one, "scale_b": one, "out_dtype": torch.float16}
         try:
-            return timed(stream, lambda: torch._scaled_mm(x8, w8.T, **scaled), 10)
+            return (
+                timed(stream, lambda: torch._scaled_mm(x8, w8.T, **scaled), 10),
+                timed(stream, lambda: torch._scaled_mm(x8, w8.T, bias=bias, **scaled), 10),
+            )
         except (RuntimeError, TypeError) as error:  # A private function, whose form has changed.
             print(f"     torch._scaled_mm: {error}"[:200], flush=True)
-            return None
-    return timed(stream, lambda: a @ c.T, 10)
+            return None, None
+    return (
+        timed(stream, lambda: a @ c.T, 10),
+        timed(stream, lambda: torch.addmm(bias, a, c.T), 10),
+    )
 
 
 def time_encoders(
