@@ -56,15 +56,15 @@ class Stage:
         message.name = name
         message.parameters[BUILD].string_value = spec.build
         role = name.removeprefix(NEXT).partition("_")[0]
-        if message.backend == "python":  # of a build made by a release that wrote one
-            drop_queue_policy(message)
-        if message.backend == "python" and role in self.layout.instances:
-            message.instance_group[0].count = self.layout.instances[role]
-        if message.backend == "python" and role in self.layout.queue_delay_us:
-            delay = self.layout.queue_delay_us[role]
-            message.dynamic_batching.max_queue_delay_microseconds = delay
-        if message.backend == "python" and self.layout.queue_s is not None:
-            set_queue_s(message, self.layout.queue_s)
+        if message.backend == "python":
+            drop_queue_policy(message)  # of a build made by a release that wrote one
+            if role in self.layout.instances:
+                message.instance_group[0].count = self.layout.instances[role]
+            if role in self.layout.queue_delay_us:
+                delay = self.layout.queue_delay_us[role]
+                message.dynamic_batching.max_queue_delay_microseconds = delay
+            if self.layout.queue_s is not None:
+                set_queue_s(message, self.layout.queue_s)
         aliases = dict(spec.aliases)
         for step in message.ensemble_scheduling.step:
             step.model_name = aliases.get(step.model_name, step.model_name)
