@@ -38,8 +38,9 @@ FLOOR_S = 2.0
 # Of a stretch so much is not looked at: the queues fill.
 LEAD = 0.3
 SERVER = ("triton", "tokenizer", "encoder", "head")
-# What is compared is what the server answered for each second of CPU time that it got: callers have
-# the same cores here, and others may. Callers are never counted as the server's.
+# Where others use more of the cores, rates say nothing: then what is compared is what the server
+# answered for each second of CPU time that it got. Callers are never counted as the server's.
+QUIET = 0.05
 _OURS = re.compile(r"overloaded: ")
 
 
@@ -140,6 +141,8 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
         cost += (
             f", a refusal {refusal_us:.0f}, a request that Triton itself refuses {unknown_us:.0f}"
         )
+    others = max(phase.cores["others"] for phase in (at_peak, over))
+    quiet = others <= QUIET * (os.cpu_count() or 1)
     offered = (len(sent.answers) + len(sent.refused)) / sent.seconds
     refusals, answers = (1e3 * np.array(x or [np.nan]) for x in (sent.refused, sent.answers))
     words: Counter[str] = Counter()
@@ -150,18 +153,21 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
     ours = sum(n for word, n in (words + over_http.statuses).items() if "overloaded" in word)
     code, _ = serving.status()
     sound = bool(sent.refused) and clear and counted == ours and code == 0 and grown < 300
+    # A short campaign has too few single texts to tell it of a generator that is late.
+    if judged or rows > 1:
+        sound &= bool(np.median(refusals) < np.median(answers) / 2)
     judged &= rows > 1
-    at_once = bool(np.median(refusals) < np.median(answers) / 2)
-    holds = sound and at_once and work >= HELD
-    promise = f"; {HELD:.0%} of the peak's throughput for each CPU second of it" if judged else ""
-    how = "refused at once" if rows > 1 else "refused"
+    holds = sound and (held if quiet else work) >= HELD
+    promise = f"; throughput at least {HELD:.0%} of the peak's" if judged else ""
+    if judged and not quiet:
+        promise += " for the CPU time that the server got, as others used this machine"
     cores = ", ".join(
         f"{role} {over.cores[role]:.2f} ({at_peak.cores[role]:.2f})" for role in over.cores
     )
     return Check(
         "overload",
         f"{TIMES} times the peak of tier {tier} in requests of {rows}: what is beyond the queues "
-        f"is {how} with UNAVAILABLE (HTTP 503), each `overloaded` counted{promise}",
+        f"is refused at once with UNAVAILABLE (HTTP 503), each `overloaded` counted{promise}",
         f"peak {at_peak.answers_s:.0f} a second, offered {offered:.0f}: {len(sent.answers):,} "
         f"answered, the slowest in {max(answers) / 1e3:.1f} s; {len(sent.refused):,} refused, in "
         f"{np.median(refusals):.0f} ms at the median and {np.percentile(refusals, 99):.0f} at the "
@@ -175,7 +181,7 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
             "http": dict(over_http.statuses), "counted": counted, "status": code,
             "peaks": [_figures(phase) for phase in peaks],
             "overloads": [_figures(phase) for phase in overs],
-            "share_of_peak": round(held, 3), "share_by_cpu": round(work, 3),
+            "share_of_peak": round(held, 3), "share_by_cpu": round(work, 3), "quiet": quiet,
             "answer_us": round(answer_us), "refusal_us": round(refusal_us),
             "unknown_model_us": round(unknown_us),
             "answers_ms": [round(float(np.percentile(answers, p))) for p in (50, 99, 100)],
