@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,3 +54,17 @@ def alive(address: str, ensemble: str) -> bool:
     """Whether the server still answers an ordinary text."""
     answer = classify(address, ensemble, ["a fine film"])
     return bool(np.isclose(answer["SCORES"].sum(), 1, atol=1e-5))
+
+
+def counted(read: Callable[[], int], seconds: float = 10) -> int:
+    """What one of Triton's counters says once it rests: it moves a moment after the answer left.
+
+    That moment can be long on a busy machine; half a second without a change is taken as rest.
+    """
+    end = time.monotonic() + seconds
+    value, since = read(), time.monotonic()
+    while time.monotonic() < min(since + 0.5, end):
+        time.sleep(0.02)
+        if (now := read()) != value:
+            value, since = now, time.monotonic()
+    return value

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from calls import classify
+from calls import classify, counted
 from conftest import Served
 from forked import wait_for
 from samp_client import (
@@ -130,9 +130,10 @@ def test_unknown_names_list_what_there_is(served: Served, client: Client, protoc
 
 def test_rows_bound_the_requests(served: Served, client: Client) -> None:
     encoder = f"encoder_{served.model}_fast"
-    before = client.statistics()[encoder].requests
+    before = counted(lambda: client.statistics()[encoder].requests)
     client.predict(served.texts[:10], "fast", rows=4)
-    assert client.statistics()[encoder].requests - before == 3
+    wait_for(lambda: client.statistics()[encoder].requests - before >= 3, 10)
+    assert counted(lambda: client.statistics()[encoder].requests) - before == 3
     with pytest.raises(BatchTooLarge, match="at most 64"):
         client.predict(["fine"], "fast", rows=65)
     with pytest.raises(BadRequest, match="0 rows"):
