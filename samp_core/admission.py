@@ -35,7 +35,7 @@ LEAST_ROWS = 2 * MAX_BATCH
 LEAST_REQUESTS = 16
 # Refusals alone leave the tokenizer at most once in so long: handing a batch over takes Triton and
 # the model five times the work of one more refusal in it.
-REFUSE_EVERY_S = 0.005
+REFUSE_EVERY_S = 0.01
 # What was sent so many times `queue_s` ago is not in it, whatever became of it.
 HARD_LIMIT = 30
 # What was sent so long before the queue was empty is not in it, wherever it went.

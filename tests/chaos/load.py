@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import numpy as np
 import wire
+from http2 import Calls
 from place import MODEL, Check, Serving, demo_texts
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 # Rows in a request: few requests make a full load, so that the callers cost the server little.
 ROWS = 4
+# Every call has a deadline of a minute.
+GIVEN_UP = 75.0
 # What may be added over a soak: a fit through noise of one process, after the warm-up.
 GROWTH_MB = 8.0
 SHM_MB = 1.0
@@ -60,53 +60,66 @@ def bodies_of(tier: str, rows: int) -> list[bytes]:
     return made
 
 
-async def closed(address: str, tier: str, callers: int, seconds: float, rows: int) -> Sent:
+def closed(address: str, tier: str, callers: int, seconds: float, rows: int) -> Sent:
     """Each caller sends when its last answer has come."""
     sent, bodies = Sent(), bodies_of(tier, rows)
     end = time.monotonic() + seconds
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_unary(METHOD)
+    with Calls(address, METHOD) as calls:
+        begun: dict[int, float] = {}
+        made = free = 0
 
-        async def caller(index: int) -> None:
-            while time.monotonic() < end:
-                index += 1
-                await _one(call, bodies[index % len(bodies)], sent)
+        def send(count: int) -> None:
+            nonlocal made
+            picked = [bodies[(made + index) % len(bodies)] for index in range(count)]
+            made += count
+            begun.update(dict.fromkeys(calls.send(picked), time.monotonic()))
 
-        await asyncio.gather(*(caller(i) for i in range(callers)))
+        send(callers)
+        while calls.open:
+            free = _receive(calls, begun, sent, GIVEN_UP)
+            if time.monotonic() < end:
+                send(free)
     return sent
 
 
-async def opened(address: str, tier: str, rate: float, seconds: float, rows: int) -> Sent:
+def opened(address: str, tier: str, rate: float, seconds: float, rows: int) -> Sent:
     """Requests at Poisson moments, whatever became of those before."""
     sent, bodies = Sent(), bodies_of(tier, rows)
     gaps = np.random.default_rng(0).exponential(1 / rate, int(rate * seconds))
-    begun = time.monotonic()
-    moments = begun + np.cumsum(gaps)
-    tasks = []
-    async with grpc.aio.insecure_channel(address) as channel:
-        call = channel.unary_unary(METHOD)
-        for index, moment in enumerate(moments.tolist()):
-            # Also when it is late, or nothing would be sent and read until all are drawn.
-            await asyncio.sleep(max(0.0, moment - time.monotonic()))
-            tasks.append(asyncio.create_task(_one(call, bodies[index % len(bodies)], sent)))
-        sent.seconds = time.monotonic() - begun
-        await asyncio.gather(*tasks)
+    with Calls(address, METHOD) as calls:
+        begun: dict[int, float] = {}
+        start = time.monotonic()
+        moments = (start + np.cumsum(gaps)).tolist()
+        made = 0
+        while made < len(moments):
+            now, due = time.monotonic(), made
+            while due < len(moments) and moments[due] <= now:
+                due += 1
+            picked = [bodies[index % len(bodies)] for index in range(made, due)]
+            begun.update(dict.fromkeys(calls.send(picked), now))
+            made = due
+            # Read once even when it is late, or nothing would be read until all is sent.
+            wait = moments[made] - time.monotonic() if made < len(moments) else 0.0
+            _receive(calls, begun, sent, max(0.0, wait))
+        sent.seconds = time.monotonic() - start
+        while calls.open:
+            _receive(calls, begun, sent, GIVEN_UP)
     return sent
 
 
-async def _one(call: Any, raw: bytes, sent: Sent) -> None:
-    begun = time.monotonic()
-    try:
-        await call(raw, timeout=60)
-        sent.add(begun, None)
-    except grpc.aio.AioRpcError as error:
-        sent.add(begun, f"{error.code().name}: {error.details()}")
+def _receive(calls: Calls, begun: dict[int, float], sent: Sent, seconds: float) -> int:
+    ended = calls.receive(seconds)
+    if not ended and seconds == GIVEN_UP:
+        raise SystemExit(f"chaos: {len(calls.open)} requests without an answer for {seconds:.0f} s")
+    for stream, error in ended:
+        sent.add(begun.pop(stream), error)
+    return len(ended)
 
 
 def peak(serving: Serving, tier: str, seconds: float, rows: int = ROWS, callers: int = 16) -> float:
     """Requests a second that callers get who wait for each answer."""
     begun = time.monotonic()
-    sent = asyncio.run(closed(serving.grpc, tier, callers, seconds, rows))
+    sent = closed(serving.grpc, tier, callers, seconds, rows)
     return sum(when <= begun + seconds for when in sent.when) / seconds
 
 
@@ -147,7 +160,7 @@ def soak(serving: Serving, seconds: float) -> Check:
     """80% of the peak, with a warm-up; memory must not grow."""
     best = peak(serving, "fast", 6.0)
     watch = Watch(serving)
-    sent = asyncio.run(opened(serving.grpc, "fast", 0.8 * best, seconds, ROWS))
+    sent = opened(serving.grpc, "fast", 0.8 * best, seconds, ROWS)
     watch.stop()
     growth = watch.growth()
     worst = max((name for name in growth if name != "/dev/shm"), key=lambda n: growth[n][0])

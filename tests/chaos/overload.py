@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import json
 import os
@@ -11,8 +10,9 @@ import statistics
 import threading
 import time
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import load
@@ -107,7 +107,7 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
     refused_s: list[float] = []
 
     def peak() -> None:
-        call = load.closed(serving.grpc, tier, callers, PEAK_S, rows)
+        call = partial(load.closed, serving.grpc, tier, callers, PEAK_S, rows)
         phase, made = _phase(serving, call, PEAK_S)
         peaks.append(phase)
         at_peaks.join(made)
@@ -118,7 +118,7 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
     peak()
     for _ in range(ROUNDS):
         rate = TIMES * peaks[0].answers_s
-        call = load.opened(serving.grpc, tier, rate, seconds / ROUNDS, rows)
+        call = partial(load.opened, serving.grpc, tier, rate, seconds / ROUNDS, rows)
         with over_http:
             phase, made = _phase(serving, call, seconds / ROUNDS)
         overs.append(phase)
@@ -193,7 +193,7 @@ def _overload(serving: Serving, tier: str, rows: int, judged: bool, seconds: flo
 def _unknown_us(serving: Serving, callers: int) -> float:
     """CPU of the server for a request that ends at Triton's first check: its model is not there."""
     before = _cpu_seconds(serving)
-    sent = asyncio.run(load.closed(serving.grpc, "nowhere", callers, FLOOR_S, 1))
+    sent = load.closed(serving.grpc, "nowhere", callers, FLOOR_S, 1)
     after = _cpu_seconds(serving)
     if sent.answers or not all("unknown model" in word for word in sent.words):
         raise SystemExit(f"chaos: a model that is not there answered: {dict(sent.words)}")
@@ -206,7 +206,7 @@ def _figures(phase: Phase) -> dict[str, Any]:
 
 
 def _phase(
-    serving: Serving, call: Coroutine[Any, Any, load.Sent], seconds: float
+    serving: Serving, call: Callable[[], load.Sent], seconds: float
 ) -> tuple[Phase, load.Sent]:
     """Send, and look at all but the first part, in which the queues fill, and what comes late."""
     seen: list[tuple[float, dict[str, float]]] = []
@@ -219,7 +219,7 @@ def _phase(
 
     looking = threading.Thread(target=look)
     looking.start()
-    sent = asyncio.run(call)
+    sent = call()
     looking.join()
     (first, before), (last, after) = seen
     cores = {role: (after[role] - before[role]) / (last - first) for role in after}
