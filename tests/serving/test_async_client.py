@@ -151,9 +151,10 @@ def test_cancelled_calls_leave_a_client_that_works(run: Any) -> None:
                 isinstance(one, asyncio.CancelledError)
                 for one in await asyncio.gather(*calls, return_exceptions=True)
             )
-        assert len(await client.predict(["fine"] * 70, "fast", timeout_s=20)) == 70
+        assert len(await client.predict(["fine"] * 70, "fast", timeout_s=60)) == 70
 
-    run(work, concurrency=4)
+    # A slow machine may still be at what was cancelled under way, and refuse for a moment.
+    run(work, concurrency=4, retry=Retry(attempts=200, most_s=0.5))
 
 
 def test_a_stream_keeps_order_fails_only_bad_texts_and_reads_no_further_than_it_must(
