@@ -73,9 +73,17 @@ def _busy_seconds() -> float:
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model name."""
-    match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M)
-    return match[1].strip() if match else platform.machine()
+    """The CPU's model name; where that hides which it is ("AMD EPYC"), family and model, too."""
+    text = cpuinfo.read_text()
+
+    def value(name: str) -> str:
+        match = re.search(rf"^{name}\s*:\s*(.+)$", text, re.M)
+        return match[1].strip() if match else ""
+
+    name = value("model name") or platform.machine()
+    if re.search(r"\d", name) or not value("cpu family"):
+        return name
+    return f"{name} family {value('cpu family')} model {value('model')}"
 
 
 def commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from samp_core.meters import Meters
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        os.nice(serving.STEPS_BACK)  # this thread, and those that the session starts
         parameters = serving.parameters(args)
         self._meters = Meters.start(pb_utils, args, parameters["tier"])
         folder = Path(__file__).resolve().parent
