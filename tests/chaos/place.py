@@ -152,7 +152,10 @@ def serve(out: Path, *words: object, log: str = "triton.log") -> Iterator[Servin
     if not line:
         raise SystemExit(f"chaos: samp serve {out} ended with {process.wait()}")
     try:
-        yield Serving(process, json.loads(line), out)
+        facts = json.loads(line)
+        if "error" in facts:
+            raise SystemExit(f"chaos: samp serve failed: {facts['error']}")
+        yield Serving(process, facts, out)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
