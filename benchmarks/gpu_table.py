@@ -1,8 +1,8 @@
 """SAMP's table for gpu_check.py: float, ffn_only and full in FP16, INT8 and FP8 on one checkpoint.
 
-The demo's trained one where it is here (`make demo-checkpoint`), accuracy on rows that did not
-train it; else one of random weights, whose labels are the float model's own answers. Latencies are
-those of encoder and head in one process, as a build measures them.
+The demo's trained one (`make demo-checkpoint`, or what the bundle carries of it), accuracy on rows
+that did not train it; else one of random weights, whose labels are the float model's own answers.
+Latencies are those of encoder and head in one process, as a build measures them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import gpu_import
 import gpu_serving
 import numpy as np
+from gpu_checkpoint import ROWS
 from gpu_report import Report
 
 DEMO = gpu_import.ROOT / ".demo"
-ROWS = 1024
+CARRIED = gpu_import.BUNDLE / "unpacked" / "checkpoint"
 RANDOM = "random weights"
 
 
@@ -65,20 +66,29 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     from samp_core.rows import make_rows
     from samp_core.workbench import silent
 
-    data = DEMO / "film_reviews" / "held_out.jsonl"
-    if emulate or not data.is_file() or not (DEMO / "checkpoint" / "training.json").is_file():
+    checkpoint, data = trained()
+    if emulate or checkpoint is None:
         model = gpu_serving.Model(work, gpu_serving.SIZES[emulate], 48 if emulate else 512)
         config = model.config.model_copy(update={"backend": "cuda"})
         bench = open_workbench(config, silent)
         return bench, bench.split(read_rows(model.rows)), RANDOM
     config = BuildConfig(
-        model=DEMO / "checkpoint", name="demo", backend="cuda", data=DataSpec(data=data),
-        out=work / "out",
+        model=checkpoint, name="demo", backend="cuda", data=DataSpec(data=data), out=work / "out",
     )  # fmt: skip
     bench = open_workbench(config, silent)
     rows = read_rows(data)
     some = make_rows(rows.texts[:ROWS], rows.labels[:ROWS], rows.source)
     return bench, bench.split(some), "MiniLM-L6 on film reviews"
+
+
+def trained() -> tuple[Path | None, Path]:
+    """The demo's checkpoint and its held-out rows, or those that a bundle carries."""
+    pairs = [
+        (DEMO / "checkpoint", DEMO / "film_reviews" / "held_out.jsonl"),
+        (CARRIED / "model", CARRIED / "rows.jsonl"),
+    ]
+    whole = [p for p in pairs if p[1].is_file() and (p[0] / "model.safetensors").is_file()]
+    return whole[0] if whole else (None, pairs[-1][1])
 
 
 def modes(bench: Any, split: Any) -> dict[str, Any]:

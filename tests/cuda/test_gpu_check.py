@@ -13,8 +13,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from emulated import needs_compiler
+from samp_kernels.cpu import missing
+
+from samp_core.build import open_workbench
+from samp_core.config import BuildConfig, DataSpec
+from samp_core.data import read_rows
+from samp_core.workbench import silent
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "build" / "gpu"
@@ -113,6 +120,47 @@ def test_samps_table(carried: Path) -> None:
     assert rows["full fp8"]["kl"] > rows["fp16"]["kl"]
 
 
+def test_the_carried_checkpoint_answers_as_the_demos(benchmarks: Any, tmp_path: Path) -> None:
+    """The same tokens out of a tenth of the vocabulary, and logits within fp16's weights."""
+    demo, module = ROOT / ".demo", benchmarks("gpu_checkpoint")
+    if not (demo / "checkpoint" / "training.json").is_file():
+        pytest.skip("no demo checkpoint: make demo-checkpoint")
+    module.carry(demo / "checkpoint", demo / "film_reviews" / "held_out.jsonl", tmp_path / "made")
+    folders = {"demo": demo / "checkpoint", "made": tmp_path / "made" / "model"}
+    data = tmp_path / "made" / "rows.jsonl"
+    logits, words, sizes = {}, {}, {}
+    for name, folder in folders.items():
+        config = BuildConfig(
+            model=folder, name=name, backend="cpu" if not missing() else "onednn",
+            data=DataSpec(data=data), out=tmp_path / name,
+        )  # fmt: skip
+        bench = open_workbench(config, silent)
+        split = bench.split(read_rows(data))
+        logits[name] = bench.logits(bench.base_plan(), split, name)
+        table = bench.checkpoint.tensors["embeddings.word"]
+        sizes[name] = len(table)
+        words[name] = [table[encoding.ids].astype(np.float16) for encoding in split.encodings]
+    assert len(logits["made"]) == module.ROWS
+    assert sizes["made"] < sizes["demo"] / 3
+    same = (np.array_equal(*pair) for pair in zip(words["demo"], words["made"], strict=True))
+    assert all(same), "a text's tokens changed"
+    assert np.abs(logits["demo"] - logits["made"]).max() < 0.02
+
+
+def test_real_lengths(benchmarks: Any) -> None:
+    shapes = benchmarks("gpu_shapes")
+    counted = json.loads((ROOT / "benchmarks" / "lengths.json").read_text())
+    for name, mean, longest in (("film reviews", 26.7, 512), ("SQuAD 1.1", 172.0, 384)):
+        pairs = counted[name]["counts"]
+        assert sum(n for _, n in pairs) == counted[name]["texts"] > 2000
+        assert counted[name]["mean"] == mean
+        assert pairs[-1][0] <= longest
+        drawn = shapes.real_lengths(name, 64)
+        assert set(drawn) <= {length for length, _ in pairs}
+        assert abs(np.mean(drawn) - mean) < 0.3 * mean
+        assert drawn == shapes.real_lengths(name, 64)
+
+
 def test_without_a_gpu_it_says_so(carried: Path) -> None:
     if importlib.util.find_spec("cupy") is not None:
         pytest.skip("CuPy is here")
@@ -170,6 +218,7 @@ def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
         "site/samp_numpy.py", "site/pytriton/tritonserver/bin/tritonserver",
         "numpy1/numpy/__init__.py", "site/pydantic/__init__.py", "site/tokenizers/__init__.py",
         "site/tritonclient/__init__.py", "site/grpc/__init__.py", "site/ml_dtypes/__init__.py",
+        "checkpoint/model/model.safetensors", "checkpoint/rows.jsonl",
     ):  # fmt: skip
         assert needed in names
     stubs = [name for name in names if name.endswith("triton_python_backend_stub")]
