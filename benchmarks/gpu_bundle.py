@@ -4,8 +4,9 @@
 
 The machine has Python of that version, CuPy, NumPy 2 and torch. The folder holds the repository's
 own files, its cubins, and bundle/site.tar.xz: the embedded Triton without what is not needed of it,
-the packages that the model processes import, and the demo's checkpoint made small. There, `python3 benchmarks/gpu_check.py` unpacks
-them beside itself. bundle/bundle.json names every file with its SHA-256.
+the packages that the model processes import, and the demo's checkpoint made small. There,
+`python3 benchmarks/gpu_check.py` unpacks them beside itself. bundle/bundle.json names every file
+with its SHA-256.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The demo's trained checkpoint, small enough for the bundle: SAMP's table of gpu_check.py is then
 that of a real model where only the bundle is.
 
-Weights in fp16, and of the vocabulary what the carried rows use: their tokens stay the same, since a
-longest piece that was taken is still there and no other was added. 85 of 90 MB go.
+Weights in fp16, and of the vocabulary what the carried rows use: their tokens stay the same, since
+a longest piece that was taken is still there and no other was added.
 """
 
 from __future__ import annotations
