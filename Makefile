@@ -113,7 +113,7 @@ kernels: $(VENV)/.ok ## compile the CUDA kernels for every architecture (no GPU 
 gpu-check: ## on a machine with an NVIDIA GPU, CuPy and torch: check and time the CUDA kernels
 	@$(firstword $(wildcard $(BIN)/python) python3) benchmarks/gpu_check.py $(BENCH)
 
-gpu-bundle: kernels demo-checkpoint ## build/gpu: all that gpu-check needs where there is no network, at most 64 MiB
+gpu-bundle: kernels ## build/gpu: all that gpu-check needs where there is no network, at most 64 MiB
 	@$(BIN)/python benchmarks/gpu_bundle.py $(BENCH)
 
 bench: demo-checkpoint peers ## every benchmark (a quiet machine, about an hour)

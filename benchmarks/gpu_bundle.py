@@ -4,7 +4,7 @@
 
 The machine has Python of that version, CuPy, NumPy 2 and torch. The folder holds the repository's
 own files, its cubins, and bundle/site.tar.xz: the embedded Triton without what is not needed of it,
-the packages that the model processes import, and the demo's checkpoint made small. There,
+the packages that the model processes import, and a small trained checkpoint. There,
 `python3 benchmarks/gpu_check.py` unpacks them beside itself. bundle/bundle.json names every file
 with its SHA-256.
 """
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,16 +188,13 @@ def triton_files(python: str) -> Iterator[tuple[Path, str]]:
 
 
 def checkpoint_files() -> Iterator[tuple[str, bytes]]:
-    """The demo's trained checkpoint, made small."""
-    demo = ROOT / ".demo"
-    if not (demo / "checkpoint" / "model.safetensors").is_file():
-        raise SystemExit("gpu_bundle: no demo checkpoint; run: make demo-checkpoint")
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "carried")
-        gpu_checkpoint.carry(demo / "checkpoint", demo / "film_reviews" / "held_out.jsonl", out)
-        for path in sorted(out.rglob("*")):
-            if path.is_file():
-                yield str(path.relative_to(out)), path.read_bytes()
+    """A small trained checkpoint, made once."""
+    made = ROOT / "build" / "gpu-checkpoint"
+    if not (made / "rows.jsonl").is_file():
+        gpu_checkpoint.train(made)
+    for path in sorted(made.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(made)), path.read_bytes()
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes, executable: bool = False) -> None:

@@ -1,8 +1,9 @@
 """SAMP's table for gpu_check.py: float, ffn_only and full in FP16, INT8 and FP8 on one checkpoint.
 
-The demo's trained one (`make demo-checkpoint`, or what the bundle carries of it), accuracy on rows
-that did not train it; else one of random weights, whose labels are the float model's own answers.
-Latencies are those of encoder and head in one process, as a build measures them.
+The demo's trained one where it is here (`make demo-checkpoint`), else the small one that a bundle
+carries (gpu_checkpoint.py); accuracy is that on rows that did not train it. Without either it is
+one of random weights, whose labels are the float model's own answers. Latencies are those of
+encoder and head in one process, as a build measures them.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 import gpu_import
 import gpu_serving
 import numpy as np
-from gpu_checkpoint import ROWS
 from gpu_report import Report
 
 DEMO = gpu_import.ROOT / ".demo"
 CARRIED = gpu_import.BUNDLE / "unpacked" / "checkpoint"
+ROWS = 1024
 RANDOM = "random weights"
 
 
@@ -66,7 +67,7 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     from samp_core.rows import make_rows
     from samp_core.workbench import silent
 
-    checkpoint, data = trained()
+    checkpoint, data, name = trained()
     if emulate or checkpoint is None:
         model = gpu_serving.Model(work, gpu_serving.SIZES[emulate], 48 if emulate else 512)
         config = model.config.model_copy(update={"backend": "cuda"})
@@ -78,17 +79,20 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     bench = open_workbench(config, silent)
     rows = read_rows(data)
     some = make_rows(rows.texts[:ROWS], rows.labels[:ROWS], rows.source)
-    return bench, bench.split(some), "MiniLM-L6 on film reviews"
+    return bench, bench.split(some), name
 
 
-def trained() -> tuple[Path | None, Path]:
-    """The demo's checkpoint and its held-out rows, or those that a bundle carries."""
-    pairs = [
-        (DEMO / "checkpoint", DEMO / "film_reviews" / "held_out.jsonl"),
-        (CARRIED / "model", CARRIED / "rows.jsonl"),
+def trained() -> tuple[Path | None, Path, str]:
+    """A trained checkpoint, rows that did not train it, and its name; the demo's before a
+    bundle's."""
+    found = [
+        (DEMO / "checkpoint", DEMO / "film_reviews" / "held_out.jsonl", "MiniLM-L6"),
+        (CARRIED / "model", CARRIED / "rows.jsonl", "three layers of 128"),
     ]
-    whole = [p for p in pairs if p[1].is_file() and (p[0] / "model.safetensors").is_file()]
-    return whole[0] if whole else (None, pairs[-1][1])
+    for folder, rows, name in found:
+        if rows.is_file() and (folder / "model.safetensors").is_file():
+            return folder, rows, f"{name} on film reviews"
+    return None, Path(), RANDOM
 
 
 def modes(bench: Any, split: Any) -> dict[str, Any]:
