@@ -4,8 +4,9 @@
 
 The machine has Python of that version, CuPy, NumPy 2 and torch. The folder holds the repository's
 own files, its cubins, and bundle/site.tar.xz: the embedded Triton without what is not needed of it,
-and the packages that the model processes import. There, `python3 benchmarks/gpu_check.py` unpacks
-them beside itself. bundle/bundle.json names every file with its SHA-256.
+the packages that the model processes import, and a small trained checkpoint. There,
+`python3 benchmarks/gpu_check.py` unpacks them beside itself. bundle/bundle.json names every file
+with its SHA-256.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import gpu_checkpoint
 import gpu_import
 
 ROOT = gpu_import.ROOT
 LIMIT = 64 << 20
 OWN = (
-    "benchmarks/closed_loop.py", "benchmarks/gpu_*.py", "client", "kernels", "samp_core",
-    "model_repository/templates", "LICENSE", "README.md",
+    "benchmarks/closed_loop.py", "benchmarks/gpu_*.py", "benchmarks/lengths.json", "client",
+    "kernels", "samp_core", "model_repository/templates", "LICENSE", "README.md",
 )  # fmt: skip
 # What model processes and the client import; versions are those of constraints.txt.
 WHEELS = (
@@ -91,6 +93,8 @@ def make(out: Path, python: str, wheels: Path) -> None:
         raise SystemExit("gpu_bundle: no cubins; run: make kernels")
     (out / "kernels" / "cuda" / "cubins").mkdir()
     for path in cubins:
+        if path.name == "proven.json":
+            continue  # What was found on another machine is proven on no other.
         shutil.copyfile(path, out / "kernels" / "cuda" / "cubins" / path.name)
     (out / "bundle").mkdir()
     with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=6) as archive:
@@ -101,6 +105,8 @@ def make(out: Path, python: str, wheels: Path) -> None:
                 add(archive, f"{place}/{name}", data)
         for path, name in triton_files(python):
             add(archive, f"site/{name}", path.read_bytes(), os.access(path, os.X_OK))
+        for name, data in checkpoint_files():
+            add(archive, f"checkpoint/{name}", data)
     listed = {str(p.relative_to(out)): sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
     facts = {"python": python, "files": listed}
     (out / "bundle" / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -179,6 +185,16 @@ def triton_files(python: str) -> Iterator[tuple[Path, str]]:
     for path in sorted((site / "nvidia_pytriton.libs").iterdir()):
         if not path.name.startswith("libpython"):  # Another Python's; ours is the machine's own.
             yield path, str(path.relative_to(site))
+
+
+def checkpoint_files() -> Iterator[tuple[str, bytes]]:
+    """A small trained checkpoint, made once."""
+    made = ROOT / "build" / "gpu-checkpoint"
+    if not (made / "rows.jsonl").is_file():
+        gpu_checkpoint.train(made)
+    for path in sorted(made.rglob("*")):
+        if path.is_file():
+            yield str(path.relative_to(made)), path.read_bytes()
 
 
 def add(archive: tarfile.TarFile, name: str, data: bytes, executable: bool = False) -> None:

@@ -47,26 +47,6 @@ STEPS = {
 EMULATED = ("ops", "encoder", "serving", "table")
 
 
-def open_backend(emulate: bool) -> Any:
-    """The emulator, or the backend on device 0: what it allocates is filled with NaN."""
-    from samp_kernels.cuda.backend import CudaBackend
-
-    if emulate:
-        import gpu_serving
-        from samp_kernels.cuda.emulator import CpuLauncher
-
-        return CudaBackend(CpuLauncher(gpu_serving.EMULATED))
-    from samp_kernels.cuda.launcher import Buffer, CupyLauncher
-
-    class Poisoned(CupyLauncher):
-        def allocate(self, size: int) -> Buffer:
-            made = super().allocate(size)
-            made.owner.memset_async(0xFF, max(size, 256), self.stream)
-            return made
-
-    return CudaBackend(Poisoned())
-
-
 def run_step(name: str, report: Report, emulate: bool) -> None:
     """One step, in its own process."""
     if name == "serving":
@@ -87,19 +67,25 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
     if name == "sanitizer":
         report.attempt(name, sanitize)
         return
-    import gpu_checks
     import gpu_peers
+    import gpu_serving
+    import gpu_shapes
+    from samp_kernels.cuda import checks
 
-    backend = open_backend(emulate)
+    from samp_core import gpu_checks
+
+    backend = checks.poisoned(gpu_serving.EMULATED if emulate else "")
     if name == "ops":
-        gpu_checks.check_ops(report, backend, emulate or "SAMP_SMALL" in os.environ)
+        checks.check_ops(report, backend, emulate or "SAMP_SMALL" in os.environ)
     elif name == "encoder":
-        report.attempt(name, gpu_checks.check_encoder, backend, emulate)
+        shape = (gpu_checks.SMALL, 64) if emulate else (gpu_shapes.BASE, 1024)
+        report.attempt("near the reference", gpu_checks.check_near, backend, emulate)
+        report.attempt("sessions", gpu_checks.check_session, backend, *shape)
     elif name == "encoder times":
-        plans = gpu_checks.base_plans(backend)
-        report.attempt(name, gpu_peers.time_encoders, backend, gpu_checks.BASE, plans)
+        plans = gpu_shapes.base_plans(backend)
+        report.attempt(name, gpu_peers.time_encoders, backend, gpu_shapes.BASE, plans)
     elif name == "large times":
-        report.attempt(name, gpu_peers.time_large, backend, gpu_checks.LARGE, gpu_checks.large_plan)
+        report.attempt(name, gpu_peers.time_large, backend, gpu_shapes.LARGE, gpu_shapes.large_plan)
     else:
         report.attempt(name, gpu_peers.time_gemms, backend)
 
@@ -223,21 +209,20 @@ def main() -> int:
 
 
 def note(facts: dict[str, Any], path: Path, checks: int) -> str:
-    """Record that the kernels are proven on this architecture, or take it back; in words."""
-    from samp_kernels.cuda import architecture, proven
+    """Record that the kernels are proven on this GPU's kind, or that they failed; in words."""
+    from samp_kernels.cuda import device_key, proven
 
-    here, why = architecture(), unproven(facts["steps"])
-    if "SAMP_WGMMA" in os.environ:
-        why = why or "SAMP_WGMMA was set"
+    here, why = device_key(), unproven(facts["steps"])
+    kept = {key: facts.get(key) for key in ("device", "driver", "date", "commit")}
+    found = {"by": proven.COMMAND, "passed": not why, "why": why, "checks": checks, **kept}
     try:
-        if failed(facts["steps"]):
-            proven.withdraw(here)
-        if why:
-            return f"not proven on {here}, backend auto leaves this GPU alone: {why}"
-        kept = {key: facts.get(key) for key in ("device", "driver", "date", "commit")}
-        where = proven.record(here, {**kept, "checks": checks, "result": path.name})
+        if why and not failed(facts["steps"]):
+            return f"nothing is noted of {here}: {why}"
+        where = proven.record(here, {**found, "result": path.name})
     except OSError as error:
-        return f"the result could not be noted in {proven.file()}: {error.strerror}"
+        return f"the result could not be noted in {proven.files()[-1]}: {error.strerror}"
+    if why:
+        return f"not proven on {here}, backend auto leaves this GPU alone: {why} ({where})"
     return f"proven on {here}: backend auto takes it from now on ({where})"
 
 

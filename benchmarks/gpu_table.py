@@ -1,8 +1,9 @@
 """SAMP's table for gpu_check.py: float, ffn_only and full in FP16, INT8 and FP8 on one checkpoint.
 
-The demo's trained one where it is here (`make demo-checkpoint`), accuracy on rows that did not
-train it; else one of random weights, whose labels are the float model's own answers. Latencies are
-those of encoder and head in one process, as a build measures them.
+The demo's trained one where it is here (`make demo-checkpoint`), else the small one that a bundle
+carries (gpu_checkpoint.py); accuracy is that on rows that did not train it. Without either it is
+one of random weights, whose labels are the float model's own answers. Latencies are those of
+encoder and head in one process, as a build measures them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from gpu_report import Report
 
 DEMO = gpu_import.ROOT / ".demo"
+CARRIED = gpu_import.BUNDLE / "unpacked" / "checkpoint"
 ROWS = 1024
 RANDOM = "random weights"
 
@@ -65,20 +67,32 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     from samp_core.rows import make_rows
     from samp_core.workbench import silent
 
-    data = DEMO / "film_reviews" / "held_out.jsonl"
-    if emulate or not data.is_file() or not (DEMO / "checkpoint" / "training.json").is_file():
+    checkpoint, data, name = trained()
+    if emulate or checkpoint is None:
         model = gpu_serving.Model(work, gpu_serving.SIZES[emulate], 48 if emulate else 512)
         config = model.config.model_copy(update={"backend": "cuda"})
         bench = open_workbench(config, silent)
         return bench, bench.split(read_rows(model.rows)), RANDOM
     config = BuildConfig(
-        model=DEMO / "checkpoint", name="demo", backend="cuda", data=DataSpec(data=data),
-        out=work / "out",
+        model=checkpoint, name="demo", backend="cuda", data=DataSpec(data=data), out=work / "out",
     )  # fmt: skip
     bench = open_workbench(config, silent)
     rows = read_rows(data)
     some = make_rows(rows.texts[:ROWS], rows.labels[:ROWS], rows.source)
-    return bench, bench.split(some), "MiniLM-L6 on film reviews"
+    return bench, bench.split(some), name
+
+
+def trained() -> tuple[Path | None, Path, str]:
+    """A trained checkpoint, rows that did not train it, and its name; the demo's before a
+    bundle's."""
+    found = [
+        (DEMO / "checkpoint", DEMO / "film_reviews" / "held_out.jsonl", "MiniLM-L6"),
+        (CARRIED / "model", CARRIED / "rows.jsonl", "three layers of 128"),
+    ]
+    for folder, rows, name in found:
+        if rows.is_file() and (folder / "model.safetensors").is_file():
+            return folder, rows, f"{name} on film reviews"
+    return None, Path(), RANDOM
 
 
 def modes(bench: Any, split: Any) -> dict[str, Any]:

@@ -22,3 +22,14 @@ ${PIP:-$python -m pip} --python "$compiler/bin/python" install --no-cache-dir \
     cuda-core cuda-bindings cuda-pathfinder nvidia-cuda-nvrtc
 installed=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 PYTHONPATH="$installed" "$compiler/bin/python" -m samp_kernels.cuda.build "$@"
+# What a server will look for, with the installed package alone.
+"$python" -I - "$@" <<'END'
+import sys
+
+from samp_kernels.cuda.build import find_cubin
+from samp_kernels.cuda.units import ARCHITECTURES, units_of
+
+wanted = [word for word in sys.argv[1:] if word != "--arch"] or ARCHITECTURES
+found = [find_cubin(unit, name) for name in wanted for unit in units_of(name)]
+print(f"backend cuda: {len(found)} cubins for {', '.join(wanted)}")
+END

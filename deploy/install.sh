@@ -6,7 +6,8 @@
 # The Dockerfile and CI run these same steps. PYTHON names the interpreter (its pip is used),
 # TORCH_INDEX the address of PyTorch's index of CPU wheels, for a torch without CUDA. A C++ compiler
 # builds the native CPU kernels; SAMP_NATIVE=require lets the install fail without them. SAMP_GPU=1
-# adds CuPy and the CUDA kernels, compiled for every architecture; no GPU is needed for that.
+# adds CuPy and the CUDA kernels, compiled for every architecture or those of SAMP_ARCHITECTURES; no
+# GPU is needed for that.
 set -euo pipefail
 
 venv=${1:?usage: deploy/install.sh VENV}
@@ -28,8 +29,14 @@ grep -v '^numpy==' "$root/constraints.txt" > "$source/constraints.txt"
     ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch==2.13.0 \
     "$source[serve${SAMP_GPU:+,gpu}]"
 if [ -n "${SAMP_GPU:-}" ]; then
+    wanted=()
+    for name in ${SAMP_ARCHITECTURES:-}; do wanted+=(--arch "$name"); done
     PIP="$python -m pip" "$root/deploy/compile_kernels.sh" \
-        "$venv/bin/python" "$source/constraints.txt"
+        "$venv/bin/python" "$source/constraints.txt" "${wanted[@]}"
+    # CuPy must load where there is no driver, too: a CPU tier of the same image serves there.
+    "$venv/bin/python" -I -c 'import cupy
+from samp_kernels.cuda import missing
+print("backend cuda: cupy", cupy.__version__, missing() or "and a GPU")'
 fi
 "$venv/bin/python" -I -c 'import samp_core.serving, samp_core.text, samp_core.heads'
 "$venv/bin/python" -I -c 'import samp_core.encoder, samp_kernels.onednn, samp_templates'

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from samp_kernels import cuda
 from samp_kernels.interface import Backend
 
+from samp_core import gpu_proof
 from samp_core.errors import SampError
 
 BACKENDS = ("cpu", "cuda", "onednn", "reference")
 
 
-def open_backend(name: str, threads: int | None = None) -> Backend:
-    """A backend by name. `onednn` brings torch."""
+def open_backend(name: str, threads: int | None = None, gpu: int = 0) -> Backend:
+    """A backend by name. `onednn` brings torch; gpu: which one `cuda` runs on."""
     if name == "cpu":
         from samp_kernels.cpu import MEND, missing
 
@@ -21,15 +23,12 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
 
         return CpuBackend(threads)
     if name == "cuda":
-        from samp_kernels.cuda import MEND as CUDA_MEND
-        from samp_kernels.cuda import missing as missing_cuda
-
-        why = missing_cuda()
+        why = cuda.missing()
         if why:
-            raise SampError("no_cuda", f"backend cuda: {why}", "cpu, onednn, reference", CUDA_MEND)
+            raise SampError("no_cuda", f"backend cuda: {why}", "cpu, onednn, reference", cuda.MEND)
         from samp_kernels.cuda.backend import CudaBackend
 
-        return CudaBackend()
+        return CudaBackend(gpu=gpu)
     if name == "onednn":
         from samp_kernels.onednn import OneDnnBackend
 
@@ -41,17 +40,17 @@ def open_backend(name: str, threads: int | None = None) -> Backend:
     raise SampError("unknown_backend", f"backend {name!r}", ", ".join(BACKENDS), "choose one")
 
 
-def choose_backend(name: str, head_dim: int | None = None) -> str:
+def choose_backend(
+    name: str, head_dim: int | None = None, progress: gpu_proof.Progress = gpu_proof.silent
+) -> str:
     """`auto` as a backend's name, any other name as it is.
 
-    `cuda` where a GPU is there and `make gpu-check` passed on its architecture with these kernels,
-    for a model whose heads they have; else the CPU's.
+    `cuda` where a GPU is there, its cubins are, and a check of these kernels has passed on it, for
+    a model whose heads they have; else the CPU's. The check is made here where it never was.
     """
     if name != "auto":
         return name
-    from samp_kernels.cuda import not_automatic
-
-    return cpu_backend() if not_automatic(head_dim) else "cuda"
+    return cpu_backend() if gpu_proof.why_not(head_dim, progress) else "cuda"
 
 
 def cpu_backend() -> str:
@@ -63,7 +62,11 @@ def cpu_backend() -> str:
 
 def unused_gpu(head_dim: int | None = None) -> str:
     """Why `auto` leaves a GPU unused that backend cuda could run on; "" where there is none."""
-    from samp_kernels.cuda import emulated, missing, not_automatic
+    able = not cuda.for_tests() and (not cuda.missing() or "no cubin" in cuda.missing())
+    return cuda.not_automatic(head_dim) if able else ""
 
-    able = not emulated() and (not missing() or "no cubin" in missing())
-    return (missing() or not_automatic(head_dim)) if able else ""
+
+def doubts(progress: gpu_proof.Progress = gpu_proof.silent) -> str:
+    """What speaks against backend cuda where it was asked for by name: a check of these kernels
+    that failed on this GPU. It is made here where it never was."""
+    return "" if cuda.unfit() else gpu_proof.why_not(None, progress)

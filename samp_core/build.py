@@ -19,7 +19,7 @@ from samp_kernels.cpu import state
 
 from samp_core import cache, heads, latency, metrics, recipes, tasks
 from samp_core.allocate import Candidate
-from samp_core.backends import choose_backend, unused_gpu
+from samp_core.backends import choose_backend, doubts, unused_gpu
 from samp_core.budget import Clock, forget_best
 from samp_core.checkpoint import load_checkpoint
 from samp_core.config import BuildConfig, TierSpec, load_config
@@ -87,6 +87,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
             why = unused_gpu(bench.checkpoint.config.head_dim)
             if why:
                 warnings.append(f"backend {bench.backend_name}: the GPU is not used, {why}")
+        warnings += unproven_note(config.backend, progress)
         splits = read_splits(config, warnings)
         scored = "" not in splits.verification.labels
         metric = metrics.of(bench.task, bench.checkpoint.labels, scored)
@@ -199,12 +200,18 @@ def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:
         head_weights=head.export(checkpoint.state, checkpoint.hf_config),
         cache=cache.Cache(config.folder / "cache"),
         code=cache.code_sha256(),
-        backend_name=choose_backend(config.backend, checkpoint.config.head_dim),
+        backend_name=choose_backend(config.backend, checkpoint.config.head_dim, progress),
         precisions=config.precisions,
         threads=config.threads,
         progress=progress,
         task=task,
     )
+
+
+def unproven_note(backend: str, progress: Progress) -> list[str]:
+    """A warning where backend cuda is asked for by name and its check failed on this GPU."""
+    why = doubts(progress) if backend == "cuda" else ""
+    return [f"backend cuda: {why}; it is used because it was asked for"] if why else []
 
 
 def pooling(config: BuildConfig) -> Literal["first", "mean"]:

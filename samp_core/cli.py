@@ -216,7 +216,8 @@ def doctor(as_json: Json = False) -> None:
     from samp_core import show
     from samp_core.doctor import examine
 
-    checks = [asdict(check) for check in examine()]
+    with show.progress() as progress:
+        checks = [asdict(check) for check in examine(progress)]
     _print_json(checks) if as_json else show.doctor_table(checks)
     if not all(check["ok"] for check in checks):
         raise typer.Exit(1)

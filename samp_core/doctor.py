@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from samp_core import gpu_proof
 from samp_core.embedded import INSTALL, check_numpy, find_triton, libpython_folder
 from samp_core.errors import SampError
 
@@ -62,8 +63,9 @@ class Check:
     fix: str = ""
 
 
-def examine() -> list[Check]:
-    """All checks, in the order in which they are best read. About two seconds."""
+def examine(progress: gpu_proof.Progress = gpu_proof.silent) -> list[Check]:
+    """All checks, in the order in which they are best read. About two seconds, and up to a minute
+    more on a GPU whose kernels nobody has checked."""
     probe = _start_probe()
     return [
         check_python(),
@@ -80,7 +82,7 @@ def examine() -> list[Check]:
         check_disk(Path.cwd()),
         check_gpu(),
         _optional("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "backend cuda", "gpu"),
-        check_cuda(),
+        check_cuda(progress),
         check_compiler(),
         _optional("locust", ("locust",), "`samp loadtest`", "loadtest"),
     ]
@@ -223,21 +225,24 @@ def check_gpu() -> Check:
     return Check("gpu", True, "; ".join(answer.stdout.strip().splitlines()) or "none")
 
 
-def check_cuda() -> Check:
-    """Whether backend cuda can run here, and whether `auto` takes it."""
-    from samp_kernels.cuda import MEND, architecture, emulated, missing, not_automatic
+def check_cuda(progress: gpu_proof.Progress = gpu_proof.silent) -> Check:
+    """Whether backend cuda can run here, and whether `auto` takes it: what was never checked on
+    this GPU, or failed in the short check, is checked now."""
+    from samp_kernels import cuda
     from samp_kernels.cuda.proven import COMMAND, entry
 
-    item, why = "cuda kernels", missing()
+    item, why = "cuda kernels", cuda.missing()
     if why:
-        return Check(item, True, f"absent: {why}", MEND)
-    if emulated():
-        return Check(item, True, f"emulated: {emulated()}, for tests")
-    why = not_automatic()
+        return Check(item, True, f"absent: {why}", cuda.MEND)
+    if cuda.for_tests():
+        return Check(item, True, f"emulated: {cuda.emulated()}, for tests")
+    why = gpu_proof.why_not(None, progress, again=True)
     if why:
-        return Check(item, True, f"there, not taken by `auto`: {why}", f"{COMMAND}, once")
-    facts = entry(architecture()) or {}
-    return Check(item, True, f"`auto` takes them: {COMMAND} passed on {facts.get('date')}")
+        return Check(item, True, f"there, not taken by `auto`: {why}", f"{COMMAND} says more")
+    facts = entry(cuda.device_key()) or {}
+    found = f"`auto` takes them: {facts.get('by')} passed on {facts.get('date')}"
+    full = "" if facts.get("by") == COMMAND else f"the full proof, with times: {COMMAND}"
+    return Check(item, True, found, full)
 
 
 def check_compiler() -> Check:

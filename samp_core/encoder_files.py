@@ -38,17 +38,21 @@ def load_encoder(folder: Path) -> tuple[EncoderConfig, Plan, dict[str, Array]]:
     return config, plan, tensors
 
 
-def load_session(folder: Path, threads: int | None = None) -> Session:
+def load_session(folder: Path, threads: int | None = None, gpu: int = 0) -> Session:
     """The session of an encoder folder, on the backend that its plan names."""
     config, plan, tensors = load_encoder(folder)
-    return planned_session(config, tensors, plan, threads)
+    return planned_session(config, tensors, plan, threads, gpu)
 
 
 def planned_session(
-    config: EncoderConfig, tensors: Mapping[str, Array], plan: Plan, threads: int | None = None
+    config: EncoderConfig,
+    tensors: Mapping[str, Array],
+    plan: Plan,
+    threads: int | None = None,
+    gpu: int = 0,
 ) -> Session:
     """A session on the backend that the plan names. SampError where this machine cannot run it."""
-    backend = open_backend(plan.backend, threads)
+    backend = open_backend(plan.backend, threads, gpu)
     try:
         return prepare(backend, config, tensors, plan, threads=threads)
     except KernelError as error:

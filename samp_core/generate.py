@@ -10,7 +10,7 @@ from typing import Any
 from samp_kernels.interface import KernelError
 
 from samp_core import cache, calibrate
-from samp_core.build import open_workbench, read_splits, write
+from samp_core.build import open_workbench, read_splits, unproven_note, write
 from samp_core.config import BuildConfig
 from samp_core.device import differences, words
 from samp_core.encoder import check_plan
@@ -63,6 +63,7 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
         bench = open_workbench(build, progress)
         benches = {bench.backend_name: bench}
         tiers: dict[str, TierFiles] = {}
+        warnings = unproven_note("cuda" if "cuda" in named else "", progress)
         for name, plan in {"exact": bench.base_plan(), **plans}.items():
             if plan.model_sha256 != bench.checkpoint.sha256:
                 raise SampError(
@@ -98,7 +99,8 @@ def generate(config: GenerateConfig, progress: Progress = silent) -> dict[str, A
     return {
         "repository": str(build.folder),
         "tiers": [{"name": name, "plan": files.plan.summary()} for name, files in tiers.items()],
-        "warnings": [
+        "warnings": warnings
+        + [
             f"the plan of tier {name} {UNMEASURED}"
             for name, files in tiers.items()
             if unmeasured(files.plan)

@@ -279,3 +279,9 @@ LENGTHS = TensorConfig("LENGTHS", "INT32", (1,))
 TRUNCATED = TensorConfig("TRUNCATED", "BOOL", (1,))
 OFFSETS = TensorConfig("OFFSETS", "INT32", (-1, 2))
 WORD_IDS = TensorConfig("WORD_IDS", "INT32", (-1,))
+
+
+def gpu_of(args: Mapping[str, str]) -> int:
+    """The GPU of this instance: Triton makes one on each that it sees."""
+    on_gpu = args.get("model_instance_kind") == "GPU"
+    return int(args["model_instance_device_id"]) if on_gpu else 0

@@ -168,8 +168,9 @@ class Encoder:
         log: Callable[[str], None] | None = None,
         meters: Meters | None = None,
         progress: Progress | None = None,
+        gpu: int = 0,
     ) -> Encoder:
-        """Check the files, prepare the plan's backend, run the warm-up.
+        """Check the files, prepare the plan's backend (on that GPU), run the warm-up.
 
         SAMP_THREADS overrides the parameter `threads`; `log` is used under SAMP_LOG_BATCHES.
         """
@@ -179,7 +180,7 @@ class Encoder:
         config = EncoderConfig(**json.loads((folder / "encoder.json").read_text(encoding="utf-8")))
         threads = int(os.environ.get("SAMP_THREADS") or parameters["threads"])
         output: Any = parameters["output"]
-        session = load_session(folder, threads=threads)
+        session = load_session(folder, threads=threads, gpu=gpu)
         log = log if os.environ.get("SAMP_LOG_BATCHES") else None
         windows = Windows(**json.loads(parameters["windows"])) if "windows" in parameters else None
         model = cls(session, config, output, log, windows, meters, progress)

@@ -13,7 +13,8 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# `auto` is the CPU's backend in tests, also where a GPU has been proven (test_cuda_auto.py).
+# `auto` is the CPU's backend in tests, also where a GPU is; but for test_cuda_auto.py and
+# test_cuda_proof.py.
 os.environ["SAMP_PROVEN"] = os.devnull
 
 

@@ -2,12 +2,13 @@
 
 formats.py says how numbers lie, units.py what is compiled, tiles.py which tile runs, launcher.py
 what launches it, ops.py one op as one launch, session.py a whole encoder as one graph; emulator.py
-is a launcher for tests, proven.py says where a check on hardware has passed.
+is a launcher for tests, checks.py holds the checks of an op, proven.py what they found on hardware.
 Nothing here has run on a GPU yet: docs/gpu.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from functools import cache
@@ -18,16 +19,29 @@ MEND = (
 )
 
 
+STANDS_FOR_A_GPU = "automatic"
+
+
 def emulated() -> str:
     """The architecture that SAMP_CUDA=emulated (sm_80) or emulated:sm_89 asks for: the kernels
-    without a GPU, right answers, no speed. "" where it asks for none."""
+    without a GPU, right answers, no speed. "" where it asks for none. SAMP_CUDA=automatic:sm_80 is
+    the same, and `auto` treats it as a GPU: for tests of that."""
     word, _, architecture = os.environ.get("SAMP_CUDA", "").partition(":")
-    return (architecture or "sm_80") if word == "emulated" else ""
+    return (architecture or "sm_80") if word in ("emulated", STANDS_FOR_A_GPU) else ""
+
+
+def for_tests() -> bool:
+    """Whether the kernels are emulated and nobody but who names backend cuda gets them."""
+    return bool(emulated()) and not os.environ["SAMP_CUDA"].startswith(STANDS_FOR_A_GPU)
+
+
+def architecture() -> str:
+    """The architecture whose cubins device 0 runs. Raises what CuPy does where there is none."""
+    return emulated() or _of_device_0()
 
 
 @cache
-def architecture() -> str:
-    """The architecture whose cubins device 0 runs. Raises what CuPy does where there is none."""
+def _of_device_0() -> str:
     cupy = importlib.import_module("cupy")
     units = importlib.import_module("samp_kernels.cuda.units")
     capability = int(cupy.cuda.Device(0).compute_capability)
@@ -49,6 +63,10 @@ def missing() -> str:
     if find_spec("cupy") is None:
         return "CuPy is not installed"
     try:
+        ctypes.CDLL("libcuda.so.1")  # CuPy takes its time to load.
+    except OSError:
+        return "no usable GPU (no NVIDIA driver)"
+    try:
         here = architecture()
     except Exception as error:  # CuPy's own kinds, which are not there where it is not.
         return f"no usable GPU ({type(error).__name__}: {error})"
@@ -60,16 +78,31 @@ def missing() -> str:
     return ""
 
 
-def not_automatic(head_dim: int | None = None) -> str:
-    """Why backend `auto` does not take this one; "" where it does: a GPU that can be used, on whose
-    architecture `make gpu-check` passed with these kernels, and heads that they have."""
-    if emulated():
-        return "emulated kernels are for tests"
+def device_key() -> str:
+    """What checks are noted under (proven.py): the architecture, and what else decides which
+    kernels run there."""
+    key = f"emulated {architecture()}" if emulated() else architecture()
+    return key if os.environ.get("SAMP_WGMMA", "1") != "0" else f"{key} without wgmma"
+
+
+def unfit(head_dim: int | None = None) -> str:
+    """Why backend `auto` could not take this one, proven or not; "" where it could."""
     proven = importlib.import_module("samp_kernels.cuda.proven")
-    if not proven.file().is_file():  # CuPy takes its time to load.
-        return f"{proven.COMMAND} has not passed here"
+    if proven.switched_off():
+        return f"SAMP_PROVEN is {os.devnull}"
+    if for_tests():
+        return "emulated kernels are for tests"
     dims = importlib.import_module("samp_kernels.cuda.units").HEAD_DIMS
-    why: str = missing() or proven.unproven(architecture())
+    why: str = missing()
     if not why and head_dim is not None and head_dim not in dims:
         return f"heads of {head_dim}; it has heads of {', '.join(map(str, dims))}"
+    return why
+
+
+def not_automatic(head_dim: int | None = None) -> str:
+    """Why backend `auto` does not take this one; "" where it does: a GPU that can be used, heads
+    that the kernels have, and a check of these kernels that passed on such a GPU. Checks nothing:
+    samp_core/gpu_proof.py does."""
+    proven = importlib.import_module("samp_kernels.cuda.proven")
+    why: str = unfit(head_dim) or proven.unproven(device_key())
     return why

@@ -45,13 +45,13 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, launcher: Launcher | None = None) -> None:
+    def __init__(self, launcher: Launcher | None = None, *, gpu: int = 0) -> None:
         if launcher is None:
             from samp_kernels.cuda import emulated
             from samp_kernels.cuda.emulator import CpuLauncher
             from samp_kernels.cuda.launcher import CupyLauncher
 
-            launcher = CpuLauncher(emulated()) if emulated() else CupyLauncher()
+            launcher = CpuLauncher(emulated()) if emulated() else CupyLauncher(gpu)
         self.launcher: Launcher = launcher
         self.ran: tuple[str, ...] = ()
 

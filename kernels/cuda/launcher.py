@@ -77,7 +77,10 @@ class Launcher(Protocol):
 
 
 class CupyLauncher:
-    """One device, one non-blocking stream, cubins of its architecture."""
+    """One device, one non-blocking stream, cubins of its architecture.
+
+    Each thread has a current device of its own: what needs it says so first.
+    """
 
     def __init__(self, device: int = 0) -> None:
         import cupy
@@ -96,10 +99,13 @@ class CupyLauncher:
         self._functions: dict[tuple[str, str], Any] = {}
 
     def allocate(self, size: int) -> Buffer:
-        memory = self._cupy.cuda.alloc(max(size, 256))
+        self._device.use()
+        with self._stream:  # Memory that is freed goes to what this stream does next, in its order.
+            memory = self._cupy.cuda.alloc(max(size, 256))
         return Buffer(int(memory.ptr), size, memory)
 
     def to_device(self, buffer: Buffer, data: Array, offset: int = 0) -> None:
+        self._device.use()
         if not data.flags.c_contiguous:
             data = np.ascontiguousarray(data)
         pointer = buffer.owner + offset
@@ -108,6 +114,7 @@ class CupyLauncher:
             self._stream.synchronize()  # The copy still reads `data`.
 
     def to_host(self, buffer: Buffer, data: Array, offset: int = 0) -> None:
+        self._device.use()
         pointer = buffer.owner + offset
         pointer.copy_to_host_async(_address(data), data.nbytes, self._stream)
         self._stream.synchronize()
@@ -122,11 +129,13 @@ class CupyLauncher:
         return whole[:size].view(Pinned)
 
     def launch(self, one: Launch) -> None:
+        self._device.use()
         function = self._function(one)
         with self._stream:
             function(one.grid, (one.threads, 1, 1), one.arguments, shared_mem=one.shared)
 
     def capture(self, launches: Sequence[Launch]) -> Callable[[], None]:
+        self._device.use()
         for one in launches:
             self._function(one)  # Loading a module is no work of a stream: not while it captures.
         self._stream.synchronize()

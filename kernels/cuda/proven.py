@@ -1,8 +1,9 @@
-"""Where `make gpu-check` has passed with these very kernels: there backend `auto` takes them.
+"""What checks on hardware found of these very kernels: where one passed, backend `auto` takes them.
 
-proven.json stands beside the cubins (SAMP_PROVEN names another file), by architecture:
-`{sm_90a: {sources, device, driver, date, checks, result}}`. A change of any file that launches or
-is compiled makes it void, and so does a later check that fails.
+Notes stand in proven.json beside the cubins, where that folder may not be written in the user's
+cache; SAMP_PROVEN names another file, and as /dev/null keeps `auto` from any GPU. By device:
+`{sm_90a: {sources, by, passed, why, device, driver, date, checks, ...}}`. A change of any file that
+launches or is compiled makes a note void.
 """
 
 from __future__ import annotations
@@ -17,10 +18,22 @@ from typing import Any
 from samp_kernels.cuda.build import folder
 
 COMMAND = "make gpu-check"
+FILE = "proven.json"
+
+_remembered: dict[str, dict[str, Any]] = {}
 
 
-def file() -> Path:
-    return Path(os.environ.get("SAMP_PROVEN") or folder() / "proven.json")
+def files() -> tuple[Path, ...]:
+    """Where notes may stand; the first that can be written is."""
+    named = os.environ.get("SAMP_PROVEN")
+    if named:
+        return (Path(named),)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return (folder() / FILE, Path(home, "samp", FILE))
+
+
+def switched_off() -> bool:
+    return os.environ.get("SAMP_PROVEN") == os.devnull
 
 
 @cache
@@ -35,46 +48,61 @@ def sources() -> str:
     return whole.hexdigest()
 
 
-def entry(architecture: str) -> dict[str, Any] | None:
-    """What is recorded of this architecture, whatever its sources."""
-    found = _read().get(architecture)
-    return found if isinstance(found, dict) else None
+def entry(device: str) -> dict[str, Any] | None:
+    """What is noted of these kernels on such a device."""
+    return next((found for found in _entries(device) if found.get("sources") == sources()), None)
 
 
-def unproven(architecture: str) -> str:
+def unproven(device: str) -> str:
     """Why these kernels are not proven there; "" where they are."""
-    found = entry(architecture)
+    found = entry(device)
     if found is None:
-        return f"{COMMAND} has not passed on {architecture}"
-    if found.get("sources") != sources():
-        return f"the kernels changed since {COMMAND} passed on {architecture}"
+        changed = "; the kernels changed since an earlier check" if _entries(device) else ""
+        return f"they have not been checked on {device}{changed}"
+    if not found.get("passed"):
+        return f"{found.get('by')} failed on {device}, {found.get('date')}: {found.get('why')}"
     return ""
 
 
-def record(architecture: str, facts: dict[str, Any]) -> Path:
-    """Note that the check passed. Raises OSError where the file cannot be written."""
-    return _write({**_read(), architecture: {"sources": sources(), **facts}})
+def record(device: str, facts: dict[str, Any]) -> Path:
+    """Note what a check found: `by`, `passed`, `why`, and more. Raises OSError where no file can be
+    written; this process remembers it all the same."""
+    _remembered[device] = {"sources": sources(), **facts}
+    trouble: OSError | None = None
+    written: Path | None = None
+    for path in files():
+        known = _read(path)
+        if written is not None and device not in known:
+            continue  # Only an older note is taken out of the others.
+        known.pop(device, None)
+        try:
+            _write(path, {**known, device: _remembered[device]} if written is None else known)
+            written = written or path
+        except OSError as error:
+            trouble = error
+    if written is None:
+        raise trouble or OSError(0, "no file")
+    return written
 
 
-def withdraw(architecture: str) -> None:
-    """Forget an earlier pass: a check has failed."""
-    known = _read()
-    if known.pop(architecture, None) is not None:
-        _write(known)
+def _entries(device: str) -> list[dict[str, Any]]:
+    known = [_remembered, *(_read(path) for path in files())]
+    found = [one.get(device) for one in known]
+    return [one for one in found if isinstance(one, dict)]
 
 
-def _read() -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file().read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _write(known: dict[str, Any]) -> Path:
-    path = file()
+def _write(path: Path, known: dict[str, Any]) -> None:
+    if path.exists() and not path.is_file():
+        raise OSError(0, "no file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
     aside.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(aside, path)
-    return path

@@ -13,8 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from emulated import needs_compiler
+
+from samp_core.build import open_workbench
+from samp_core.config import BuildConfig, DataSpec
+from samp_core.data import read_rows
+from samp_core.workbench import silent
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "build" / "gpu"
@@ -113,6 +119,44 @@ def test_samps_table(carried: Path) -> None:
     assert rows["full fp8"]["kl"] > rows["fp16"]["kl"]
 
 
+def test_the_carried_checkpoint_is_a_trained_one(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained here, opened as the table opens it, and better than saying one thing always."""
+    accuracy = benchmarks("gpu_checkpoint").train(tmp_path)
+    table = benchmarks("gpu_table")
+    monkeypatch.setattr(table, "DEMO", tmp_path / "none")
+    monkeypatch.setattr(table, "CARRIED", tmp_path)
+    folder, rows, name = table.trained()
+    assert (folder, name) == (tmp_path / "model", "three layers of 128 on film reviews")
+    config = BuildConfig(
+        model=folder, name="small", backend="reference", data=DataSpec(data=rows),
+        out=tmp_path / "out",
+    )  # fmt: skip
+    bench = open_workbench(config, silent)
+    split = bench.split(read_rows(rows))
+    gold = np.asarray(split.gold)
+    right = bench.logits(bench.base_plan(), split, "float").argmax(axis=1) == gold
+    always = max(float((gold == label).mean()) for label in (0, 1))
+    assert abs(right.mean() - accuracy) < 0.005  # Its weights are rounded to fp16.
+    assert right.mean() > always + 0.05
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) < 4 << 20
+
+
+def test_real_lengths(benchmarks: Any) -> None:
+    shapes = benchmarks("gpu_shapes")
+    counted = json.loads((ROOT / "benchmarks" / "lengths.json").read_text())
+    for name, mean, longest in (("film reviews", 26.7, 512), ("SQuAD 1.1", 172.0, 384)):
+        pairs = counted[name]["counts"]
+        assert sum(n for _, n in pairs) == counted[name]["texts"] > 2000
+        assert counted[name]["mean"] == mean
+        assert pairs[-1][0] <= longest
+        drawn = shapes.real_lengths(name, 64)
+        assert set(drawn) <= {length for length, _ in pairs}
+        assert abs(np.mean(drawn) - mean) < 0.3 * mean
+        assert drawn == shapes.real_lengths(name, 64)
+
+
 def test_without_a_gpu_it_says_so(carried: Path) -> None:
     if importlib.util.find_spec("cupy") is not None:
         pytest.skip("CuPy is here")
@@ -170,6 +214,7 @@ def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
         "site/samp_numpy.py", "site/pytriton/tritonserver/bin/tritonserver",
         "numpy1/numpy/__init__.py", "site/pydantic/__init__.py", "site/tokenizers/__init__.py",
         "site/tritonclient/__init__.py", "site/grpc/__init__.py", "site/ml_dtypes/__init__.py",
+        "checkpoint/model/model.safetensors", "checkpoint/rows.jsonl",
     ):  # fmt: skip
         assert needed in names
     stubs = [name for name in names if name.endswith("triton_python_backend_stub")]

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 from samp_kernels.cuda import missing, not_automatic
 
+from samp_core import gpu_proof
 from samp_core.backends import choose_backend, open_backend
 from samp_core.doctor import examine
 from samp_core.errors import SampError
@@ -35,3 +36,11 @@ def test_the_cuda_backend_opens_or_says_what_it_lacks() -> None:
     else:
         assert open_backend("cuda").name == "cuda"
     assert (choose_backend("auto") == "cuda") == (not_automatic() == "")
+
+
+def test_the_short_check_passes_within_its_limit() -> None:
+    if missing():
+        pytest.skip(missing())
+    wrong, facts = gpu_proof.check(gpu_proof.LIMIT_S)
+    assert wrong == ""
+    assert facts["checks"] > 60

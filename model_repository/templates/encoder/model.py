@@ -10,6 +10,7 @@ import triton_python_backend_utils as pb_utils
 
 from samp_core import admission, serving
 from samp_core.meters import Meters
+from samp_core.model_config import gpu_of
 
 
 class TritonPythonModel:
@@ -19,7 +20,12 @@ class TritonPythonModel:
         self._meters = Meters.start(pb_utils, args, parameters["tier"])
         folder = Path(__file__).resolve().parent
         self._encoder = serving.Encoder.load(
-            folder, parameters, pb_utils.Logger.log_info, self._meters, admission.progress(args)
+            folder,
+            parameters,
+            pb_utils.Logger.log_info,
+            self._meters,
+            admission.progress(args),
+            gpu_of(args),
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
