@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from samp_core.model_config import MAX_BATCH, OF_TIER, QUEUE_S
+from samp_core.model_config import MAX_BATCH, OF_TIER, QUEUE_S, TOKENIZER_BATCH
 
 SHM = Path("/dev/shm")
 INSTANCES = 16
@@ -180,7 +180,7 @@ class Gates:
             self._gates[name].settle()
         waits = [None if one is None else self._gates[one[0]].admit(one[1]) for one in requests]
         full = {one[0] for one, wait in zip(requests, waits, strict=True) if one and wait}
-        room = sum(one[1] for one in requests if one is not None) < MAX_BATCH
+        room = sum(one[1] for one in requests if one is not None) < TOKENIZER_BATCH
         if full and room and all(one is not None and one[0] in full for one in requests):
             early = self._refused_at + REFUSE_EVERY_S - time.monotonic()
             if early > 0:

@@ -13,6 +13,9 @@ from typing import Any
 from samp_core.errors import SampError
 
 MAX_BATCH = 64
+# Rows that the tokenizer takes at once. A hand-over costs it and Triton more than a text, and it has
+# to refuse what is beyond the queues faster than that comes.
+TOKENIZER_BATCH = 4 * MAX_BATCH
 # Seconds of work that may wait for a tier before further requests are refused (admission.py).
 QUEUE_S = 1.0
 # A tier's ensemble asks the tokenizer for `LENGTHS_<tier>`, which is LENGTHS: it has no other way
@@ -168,6 +171,7 @@ def tokenizer_config(
             *(TensorConfig(OF_TIER + tier, "INT32", (1,)) for tier in tiers),
         ),
         parameters={"max_length": str(max_length)},
+        max_batch_size=TOKENIZER_BATCH,
         queue_delay_us=queue_delay_us,
         queue_s=queue_s,
     )

@@ -69,7 +69,7 @@ def test_names_and_tensors() -> None:
     for role, (name, inputs, outputs) in expected.items():
         message = _message(role)
         assert message.name == name
-        assert message.max_batch_size == 64
+        assert message.max_batch_size == (256 if role == "tokenizer" else 64)
         assert [(t.name, t.data_type, list(t.dims)) for t in message.input] == inputs
         assert [(t.name, t.data_type, list(t.dims)) for t in message.output] == outputs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from samp_core.model_config import gpu_of
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        os.nice(serving.STEPS_BACK)  # this thread, and those that the session starts
         parameters = serving.parameters(args)
         self._meters = Meters.start(pb_utils, args, parameters["tier"])
         folder = Path(__file__).resolve().parent
