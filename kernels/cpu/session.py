@@ -98,7 +98,18 @@ class NativeSession:
         """Seconds of one pass by op. With several threads: an op's share of all their work, of
         the time that passed."""
         self._pass(batch, output, timed=True)
-        seconds = self._session.seconds()
+        return self._named(self._session.seconds())
+
+    def profile_threads(
+        self, batch: Batch, output: OutputKind = "first"
+    ) -> tuple[float, list[list[tuple[str, str, float]]]]:
+        """Seconds of one pass, and those that each thread worked on each op in it. What a thread
+        lacks of the pass it waited, or something else had its core."""
+        self._pass(batch, output, timed=True)
+        passed, threads = self._session.busy()
+        return passed, [self._named(seconds) for seconds in threads]
+
+    def _named(self, seconds: list[float]) -> list[tuple[str, str, float]]:
         found = []
         for layer in range(self._layers):
             for place, (op, site) in enumerate(_OPS):

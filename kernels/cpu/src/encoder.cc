@@ -49,8 +49,7 @@ void Encoder::run(const Input& input, Output output, float* out) {
   }
   if (!timed_) return;
   // Threads work side by side: each op's share of all work, of the time that passed.
-  const double passed =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  passed_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   std::fill(seconds_.begin(), seconds_.end(), 0.0);
   double sum = 0.0;
   for (const auto& ticks : ticks_)
@@ -58,7 +57,7 @@ void Encoder::run(const Input& input, Output output, float* out) {
       seconds_[i] += ticks[i];
       sum += ticks[i];
     }
-  for (double& s : seconds_) s *= passed / std::max(sum, 1e-12);
+  for (double& s : seconds_) s *= passed_ / std::max(sum, 1e-12);
 }
 
 namespace {
@@ -111,6 +110,7 @@ void Encoder::gemm(Op op, int layer, const Site& site, Gemm g, long row0, long r
                    long panel1, int thread) {
   Clock clock(*this, op, layer, thread);
   g.packed = site.packed;
+  if (panel1 == ceil_div(site.n, level_->panel)) g.next = after(op, layer);
   g.n = site.n;
   g.k = site.k;
   g.ep.bias = site.bias.data();
@@ -120,6 +120,19 @@ void Encoder::gemm(Op op, int layer, const Site& site, Gemm g, long row0, long r
   else
     level_->gemm_f32(g, row0, row1, panel0, panel1);
   ran(op, layer, site.int8);
+}
+
+// The weight that is read after an op's own.
+const void* Encoder::after(Op op, int layer) const {
+  const Layer& l = layers[static_cast<size_t>(layer)];
+  switch (op) {
+    case Op::qkv: return l.out.packed;
+    case Op::out: return l.ffn_in.packed;
+    case Op::ffn_in: return l.ffn_out.packed;
+    case Op::ffn_out:
+      return layer + 1 < shape_.layers ? layers[static_cast<size_t>(layer) + 1].qkv.packed : nullptr;
+    default: return nullptr;
+  }
 }
 
 void Encoder::ran(Op op, int layer, bool int8, bool int8_context) {

@@ -92,6 +92,10 @@ class Encoder {
   // Seconds of each op of the last timed pass, [layers * kOps + ...], scaled to add up to its time.
   void time(bool on) { timed_ = on; }
   const std::vector<double>& seconds() const { return seconds_; }
+  // The same as each thread's own clock saw it, and the pass's time: what is missing of it, the
+  // thread waited or was off its core.
+  const std::vector<std::vector<double>>& busy() const { return ticks_; }
+  double passed() const { return passed_; }
 
   // What the ops of the last pass really ran: 1 fp32, 2 int8; [layer][6 sites in the plan's order].
   const std::vector<uint8_t>& executed() const { return executed_; }
@@ -109,6 +113,7 @@ class Encoder {
   void gemm(Op op, int layer, const Site& site, Gemm g, long row0, long row1, long panel0,
             long panel1, int thread);
   void ran(Op op, int layer, bool int8, bool int8_context = false);
+  const void* after(Op op, int layer) const;
   void read_norm(Gemm& g, const Site& site, const Rows& rows) const;
   void add_residual(Gemm& g, Rows& rows) const;
   void qkv(int layer, Rows& rows, long row0, long row1, long panel0, long panel1, int thread);
@@ -125,6 +130,7 @@ class Encoder {
   Shape shape_;
   Team team_;
   bool timed_ = false;
+  double passed_ = 0.0;
   std::vector<double> seconds_;
   std::vector<uint8_t> executed_;
   std::unique_ptr<Rows> whole_, pooled_;

@@ -24,7 +24,7 @@ static void pack_int8(const int8_t* w, long n, long k, void* packed) {
 }
 
 template <int MR>
-static void tile_int8(const uint8_t* x, long ld, const uint8_t* panel, long k4, Fetch f,
+static void tile_int8(const uint8_t* x, long ld, const uint8_t* panel, long k4, Fetch fetch,
                       int32_t* tile) {
   vi acc[MR][NV];
 #pragma GCC unroll 16
@@ -32,21 +32,27 @@ static void tile_int8(const uint8_t* x, long ld, const uint8_t* panel, long k4, 
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) acc[r][v] = loadi(panel + v * W * 4);
   const uint8_t* w = panel + PANEL * 4;
-  for (long i = 0; i < k4; ++i) {
+  RowsOf<uint8_t, MR> rows(x, ld);
+  const auto step = [&]() __attribute__((always_inline)) {
     const vi w0 = loadi(w), w1 = loadi(w + W * 4);
-    __builtin_prefetch(f.at, 0, 2);
-    f.at += f.step;
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       int32_t a;
-      __builtin_memcpy(&a, x + r * ld, 4);
+      __builtin_memcpy(&a, rows.at(r), 4);
       const vi b = set1i(a);
       acc[r][0] = dot4(acc[r][0], b, w0);
       acc[r][1] = dot4(acc[r][1], b, w1);
     }
     w += PANEL * 4;
-    x += 4;
+    rows.step(4);
+  };
+  long i = 0;
+  for (; i + STRIDE <= k4; i += STRIDE) {
+#pragma GCC unroll 4
+    for (int j = 0; j < STRIDE; ++j) step();
+    fetch();
   }
+  for (; i < k4; ++i) step();
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 2
@@ -56,8 +62,7 @@ static void tile_int8(const uint8_t* x, long ld, const uint8_t* panel, long k4, 
 static constexpr TileFn<uint8_t, uint8_t, int32_t> kGemmInt8[ROWS] = SAMP_GEMM_TILES(tile_int8);
 
 static void gemm_int8(const Gemm& g, long row0, long row1, long panel0, long panel1) {
-  sweep<uint8_t, int32_t>(row0, row1, panel0, panel1, (const uint8_t*)g.x, g.ld_x,
-                          (const char*)g.packed, panel_int8(g.k), g.k / 4, kGemmInt8,
+  sweep<uint8_t, int32_t>(g, row0, row1, panel0, panel1, panel_int8(g.k), g.k / 4, kGemmInt8,
                           [&](const int32_t* tile, long row, int rows, long col) {
                             finish(g.ep, tile, PANEL, row, rows, col, g.n);
                           });
@@ -65,9 +70,8 @@ static void gemm_int8(const Gemm& g, long row0, long row1, long panel0, long pan
 
 // The int32 sums alone, for tests.
 static void sums_int8(const Gemm& g, long row0, long row1, int32_t* sums, long ld) {
-  sweep<uint8_t, int32_t>(row0, row1, 0, up(g.n, PANEL) / PANEL, (const uint8_t*)g.x, g.ld_x,
-                          (const char*)g.packed, panel_int8(g.k), g.k / 4, kGemmInt8,
-                          [&](const int32_t* tile, long row, int rows, long col) {
+  sweep<uint8_t, int32_t>(g, row0, row1, 0, up(g.n, PANEL) / PANEL, panel_int8(g.k), g.k / 4,
+                          kGemmInt8, [&](const int32_t* tile, long row, int rows, long col) {
                             for (int r = 0; r < rows; ++r)
                               for (long j = 0; j < PANEL && col + j < g.n; ++j)
                                 sums[(row + r) * ld + col + j] = tile[r * PANEL + j];

@@ -45,6 +45,8 @@ struct Gemm {
   long ld_x = 0;
   const void* packed = nullptr;  // of pack_*; 64-byte aligned
   long n = 0, k = 0;             // k % 4 == 0 for int8
+  // The packed weight that is read after this one: its first panel is fetched with the last.
+  const void* next = nullptr;
   Epilogue ep;
 };
 

@@ -1,6 +1,7 @@
 // The native encoder as Python sees it. Arrays are checked here; below this file nothing is.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -169,6 +170,10 @@ class Session {
 
   std::vector<double> seconds() { return encoder().seconds(); }
 
+  std::pair<double, std::vector<std::vector<double>>> busy() {
+    return {encoder().passed(), encoder().busy()};
+  }
+
   std::vector<int> executed() {
     const auto& x = encoder().executed();
     return {x.begin(), x.end()};
@@ -225,6 +230,7 @@ void bind_session(nb::module_& m) {
       .def("set_position_bias", &Session::set_position_bias)
       .def("run", &Session::run)
       .def("seconds", &Session::seconds)
+      .def("busy", &Session::busy)
       .def("executed", &Session::executed)
       .def("close", &Session::close);
 }
