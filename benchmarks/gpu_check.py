@@ -44,7 +44,7 @@ STEPS = {
     "sanitizer": 100.0,
     "large times": 60.0,
 }
-EMULATED = ("ops", "encoder", "serving", "table")
+EMULATED = ("ops", "encoder", "serving", "table", "search")
 
 
 def run_step(name: str, report: Report, emulate: bool) -> None:
@@ -62,7 +62,7 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
     if name == "search":
         import gpu_serving
 
-        report.attempt(name, gpu_serving.search)
+        report.attempt(name, gpu_serving.search, emulate)
         return
     if name == "sanitizer":
         report.attempt(name, sanitize)
@@ -239,7 +239,8 @@ def one_step(name: str, left: float, emulate: bool) -> dict[str, Any]:
         python = os.environ.get("SAMP_PYTHON", sys.executable)
         command = [python, __file__, "--step", name, "--part", str(part)]
         command += ["--seconds", str(seconds - 5), *(["--emulate"] if emulate else [])]
-        code, _ = run(command, seconds, show=True)
+        # Builds make no check of their own here: this one is to find out.
+        code, _ = run(command, seconds, {"SAMP_PROVEN": os.devnull}, show=True)
         found = json.loads(part.read_text(encoding="utf-8")) if part.is_file() else {}
     ended = found.pop("ended", False)
     if not ended:

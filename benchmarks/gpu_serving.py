@@ -301,10 +301,11 @@ def locust(report: Report, server: Any, model: Model, tiers: Sequence[str]) -> N
         report.check(f"serving, locust on {tier}", fine, detail)
 
 
-def search(report: Report) -> None:
+def search(report: Report, emulate: bool) -> None:
     """`samp build --backend cuda`: plans of fp16, int8 and where it is there fp8, by this GPU's own
     latencies."""
     from samp_core.build import build
+    from samp_core.config import RowCounts
     from samp_core.encoder import quantizable_sites
     from samp_core.generate import on_backend
 
@@ -312,13 +313,17 @@ def search(report: Report) -> None:
         if importlib.util.find_spec(package) is None:
             report.skip("search", f"it needs {package}, which is not installed")
             return
+    if emulate:
+        os.environ["SAMP_CUDA"] = f"emulated:{EMULATED}"
     with tempfile.TemporaryDirectory(prefix="samp-gpu-") as folder:
-        model = Model(Path(folder), SIZES[False], 1600)
+        model = Model(Path(folder), SIZES[emulate], 90 if emulate else 1600)
         fp8 = quantizable_sites(on_backend(model.bench, "cuda").backend, "fp8")
         settings = {
             "backend": "cuda", "out": Path(folder, "search"), "budget_s": 45.0,
             "precisions": ("fp16", "int8", *(("fp8",) if fp8 else ())),
         }  # fmt: skip
+        if emulate:
+            settings["rows"] = RowCounts(calibration=8, search=24)
         config = model.config.model_copy(update=settings)
         made = build(config).report
         report.note("search", {"tiers": made["tiers"], "warnings": made["warnings"]})

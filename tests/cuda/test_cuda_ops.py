@@ -248,7 +248,9 @@ def test_attention(
     scale = float(np.abs(wanted).max()) / 100
     quantized = b.attention(*args, **more, out=Out("int8", scale))
     check_steps(integers(b, quantized), b.to_host(y), scale)  # the same sums, bit for bit
-    assert launcher(b).counts(launcher(b).launched[-1].unit).conflicts == 0
+    unit = launcher(b).launched[-1].unit
+    assert launcher(b).counts(unit).conflicts == 0
+    assert (launcher(b).counts(unit).mma > 0) == (unit != f"attention_fp32_fp32_{dim}")
     launcher(b).check_guards()
 
 

@@ -105,6 +105,18 @@ def test_a_real_triton_serves_its_tiers(carried: Path) -> None:
 
 
 @needs_compiler
+def test_a_search_by_its_own_latencies(carried: Path) -> None:
+    """The emulator's are no speed, but a build measures them, chooses by them and writes tiers."""
+    code, facts, said = check(carried, "--emulate", "--only", "search")
+    assert code == 0, said
+    step = facts["steps"]["search"]
+    assert [check["name"] for check in step["checks"]] == ["search on cuda"]
+    assert {row["name"] for row in step["search"]["tiers"]} == {
+        "exact", "high", "balanced", "fast",
+    }  # fmt: skip
+
+
+@needs_compiler
 def test_samps_table(carried: Path) -> None:
     code, facts, said = check(carried, "--emulate", "--only", "table")
     assert code == 0, said
