@@ -265,6 +265,18 @@ def test_profile_names_every_op() -> None:
     assert all(0 <= seconds < 5 for _, _, seconds in timings)
 
 
+@pytest.mark.skipif(bool(missing()), reason=missing())
+def test_profile_by_thread_fits_into_the_pass() -> None:
+    config, tensors, plan = encoder("head 32")
+    session = backend(best()).prepare(config, tensors, plan, threads=2)
+    passed, threads = session.profile_threads(batch_of([20, 10]))
+    assert len(threads) == 2
+    assert all(sum(seconds for _, _, seconds in one) <= passed for one in threads)
+    names = {site for one in threads for _, site, _ in one}
+    assert {f"layer.{i}.{site}" for i in range(2) for site in GEMM_SITES} <= names
+    session.close()
+
+
 def best() -> str:
     from samp_kernels.cpu import level
 
