@@ -3,7 +3,7 @@
     make gpu-bundle                    (benchmarks/gpu_bundle.py [--python 3.12] [--out build/gpu])
 
 The machine has Python of that version, CuPy, NumPy 2 and torch. The folder holds the repository's
-own files, its cubins, and bundle/site.tar.xz: the embedded Triton without what is not needed of it,
+own files and bundle/site.tar.xz: the cubins, the embedded Triton without what is not needed of it,
 the packages that the model processes import, and a small trained checkpoint. There,
 `python3 benchmarks/gpu_check.py` unpacks them beside itself. bundle/bundle.json names every file
 with its SHA-256.
@@ -60,12 +60,12 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux201
 def unpack() -> Path:
     """On the machine with the GPU: the packages beside the bundle, and a Python that has them and
     all that the running one has. An environment, since Triton's stub heeds no PYTHONPATH."""
-    place = ROOT / "bundle" / "unpacked"
+    place = gpu_import.BUNDLE / "unpacked"
     python = place / "venv" / "bin" / "python"
     if python.exists():
         return python
     shutil.rmtree(place, ignore_errors=True)
-    with tarfile.open(ROOT / "bundle" / "site.tar.xz") as archive:
+    with tarfile.open(gpu_import.BUNDLE / "site.tar.xz") as archive:
         archive.extractall(place, filter="data")
     command = [sys.executable, "-m", "venv", "--without-pip", str(place / "venv")]
     subprocess.run(command, check=True)
@@ -88,14 +88,9 @@ def make(out: Path, python: str, wheels: Path) -> None:
     for path in own_files():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / path, out / path)
-    cubins = sorted((ROOT / "kernels" / "cuda" / "cubins").glob("*"))
-    if not any(path.suffix == ".cubin" for path in cubins):
+    cubins = sorted((ROOT / "kernels" / "cuda" / "cubins").glob("*.cubin"))
+    if not cubins:
         raise SystemExit("gpu_bundle: no cubins; run: make kernels")
-    (out / "kernels" / "cuda" / "cubins").mkdir()
-    for path in cubins:
-        if path.name == "proven.json":
-            continue  # What was found on another machine is proven on no other.
-        shutil.copyfile(path, out / "kernels" / "cuda" / "cubins" / path.name)
     (out / "bundle").mkdir()
     with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=6) as archive:
         add(archive, "site/samp_numpy.py", NUMPY1.encode())
@@ -105,6 +100,8 @@ def make(out: Path, python: str, wheels: Path) -> None:
                 add(archive, f"{place}/{name}", data)
         for path, name in triton_files(python):
             add(archive, f"site/{name}", path.read_bytes(), os.access(path, os.X_OK))
+        for path in cubins:  # Many are alike, and are packed well together.
+            add(archive, f"cubins/{path.name}", path.read_bytes())
         for name, data in checkpoint_files():
             add(archive, f"checkpoint/{name}", data)
     listed = {str(p.relative_to(out)): sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}

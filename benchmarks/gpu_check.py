@@ -140,6 +140,7 @@ def prepare(facts: dict[str, Any], emulate: bool) -> str:
         import gpu_bundle
 
         os.environ["SAMP_PYTHON"] = str(gpu_bundle.unpack())
+        os.environ["SAMP_CUBINS"] = str(gpu_import.BUNDLE / "unpacked" / "cubins")
     if emulate:
         facts["device"] = "none: emulated, which proves results and times nothing"
         return ""

@@ -21,7 +21,7 @@ from gpu_report import Report
 
 DEMO = gpu_import.ROOT / ".demo"
 CARRIED = gpu_import.BUNDLE / "unpacked" / "checkpoint"
-ROWS = 1024
+ROWS, FEW = 1024, 24
 RANDOM = "random weights"
 
 
@@ -67,8 +67,8 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     from samp_core.rows import make_rows
     from samp_core.workbench import silent
 
-    checkpoint, data, name = trained()
-    if emulate or checkpoint is None:
+    checkpoint, data, name = trained(emulate)
+    if checkpoint is None:
         model = gpu_serving.Model(work, gpu_serving.SIZES[emulate], 48 if emulate else 512)
         config = model.config.model_copy(update={"backend": "cuda"})
         bench = open_workbench(config, silent)
@@ -78,18 +78,19 @@ def opened(work: Path, emulate: bool) -> tuple[Any, Any, str]:
     )  # fmt: skip
     bench = open_workbench(config, silent)
     rows = read_rows(data)
-    some = make_rows(rows.texts[:ROWS], rows.labels[:ROWS], rows.source)
+    count = FEW if emulate else ROWS
+    some = make_rows(rows.texts[:count], rows.labels[:count], rows.source)
     return bench, bench.split(some), name
 
 
-def trained() -> tuple[Path | None, Path, str]:
-    """A trained checkpoint, rows that did not train it, and its name; the demo's before a
-    bundle's."""
+def trained(emulate: bool = False) -> tuple[Path | None, Path, str]:
+    """A trained checkpoint, rows that did not train it, and its name; the demo's, which is too
+    large to be emulated, before a bundle's."""
     found = [
         (DEMO / "checkpoint", DEMO / "film_reviews" / "held_out.jsonl", "MiniLM-L6"),
         (CARRIED / "model", CARRIED / "rows.jsonl", "three layers of 128"),
     ]
-    for folder, rows, name in found:
+    for folder, rows, name in found[emulate:]:
         if rows.is_file() and (folder / "model.safetensors").is_file():
             return folder, rows, f"{name} on film reviews"
     return None, Path(), RANDOM

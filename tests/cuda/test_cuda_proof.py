@@ -138,4 +138,6 @@ def test_a_kernel_that_hangs_is_killed(kernels_with: Any) -> None:
 
 def test_a_child_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SAMP_EMULATED", os.devnull)
-    assert "check_gemms: NotADirectoryError" in gpu_proof.check(60.0)[0]
+    wrong, facts = gpu_proof.check(60.0)
+    assert "check_gemms: FileExistsError" in wrong
+    assert facts["checks"] == 1

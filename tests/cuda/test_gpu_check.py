@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from emulated import needs_compiler
+from samp_kernels.cuda.build import find_cubin
+from samp_kernels.cuda.units import ARCHITECTURES, cubin_name, units_by_name, units_of
 
 from samp_core.build import open_workbench
 from samp_core.config import BuildConfig, DataSpec
@@ -210,6 +212,27 @@ def test_the_whole_ends_within_eight_minutes(benchmarks: Any) -> None:
     assert script.one_step("ops", 14.0, False)["left_out"] == {"ops": "out of time"}
 
 
+def test_an_unpacked_bundles_cubins_are_found(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the processes of the steps are those of its own environment."""
+    module, place = benchmarks("gpu_bundle"), tmp_path / "bundle"
+    place.mkdir()
+    name = cubin_name(units_by_name()["rows"], "sm_80")
+    with tarfile.open(place / "site.tar.xz", "w:xz") as archive:
+        module.add(archive, f"cubins/{name}", b"as made")
+        module.add(archive, "site/samp_numpy.py", b"")
+        module.add(archive, "site/carried_alone.py", b"")
+    monkeypatch.setattr(benchmarks("gpu_import"), "BUNDLE", place)
+    for variable in ("SAMP_PYTHON", "SAMP_CUBINS"):
+        monkeypatch.setenv(variable, "")  # Put back afterwards.
+    assert benchmarks("gpu_check").prepare({}, True) == ""
+    found = find_cubin(units_by_name()["rows"], "sm_80")
+    assert found == place / "unpacked" / "cubins" / name
+    command = [os.environ["SAMP_PYTHON"], "-c", "import carried_alone, numpy"]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
 def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
     if not (BUNDLE / "bundle" / "bundle.json").is_file():
         pytest.skip("no build/gpu: make gpu-bundle (it downloads wheels)")
@@ -229,6 +252,10 @@ def test_what_is_bundled_is_whole_and_small(bundler: Any) -> None:
         "checkpoint/model/model.safetensors", "checkpoint/rows.jsonl",
     ):  # fmt: skip
         assert needed in names
+    for architecture in ARCHITECTURES:
+        for unit in units_of(architecture):
+            assert f"cubins/{cubin_name(unit, architecture)}" in names, "make gpu-bundle again"
+    assert not any("proven" in name for name in [*names, *there])
     stubs = [name for name in names if name.endswith("triton_python_backend_stub")]
     assert len(stubs) == 1
     assert not any("libpython" in name for name in names)
