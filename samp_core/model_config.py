@@ -13,8 +13,8 @@ from typing import Any
 from samp_core.errors import SampError
 
 MAX_BATCH = 64
-# Rows that the tokenizer takes at once. A hand-over costs it and Triton more than a text, and it has
-# to refuse what is beyond the queues faster than that comes.
+# Rows that the tokenizer takes at once. A hand-over costs it and Triton more than a text, and it
+# has to refuse what is beyond the queues faster than that comes.
 TOKENIZER_BATCH = 4 * MAX_BATCH
 # Seconds of work that may wait for a tier before further requests are refused (admission.py).
 QUEUE_S = 1.0
