@@ -62,10 +62,13 @@ def _served(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     order = list(dict.fromkeys(row["name"] for row in tiers))
     for row in sorted(tiers, key=lambda row: order.index(row["name"])):
         wish = promised(row)
+        if wish is None and row["strategy"] != "samp":  # along SAMP's modes by every strategy
+            continue
         told = row.get("foretold_ms", {}).get(ONE) if row["strategy"] != "samp" else None
         told = f"{told / row['latency_ms'][ONE]:.2f}" if told else "-"
+        title = "recommended" if wish is None else f"{100 * wish:g}"
         yield (
-            f"| {'-' if wish is None else f'{100 * wish:g}'} | {row['strategy']} | {row['plan']} | "
+            f"| {title} | {row['strategy']} | {row['plan'].removesuffix(' GEMMs')} | "
             f"{100 * row['verification']['upper_bound']:.2f} | {_ms(row):.2f} | {told} | "
             f"{_drop(row['fresh'])} |"
         )

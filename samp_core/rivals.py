@@ -100,7 +100,8 @@ def sequence(
     step only where it is faster by more than CLEARLY and its KL, measured, at most SAFER of the
     step's; steps that are then no faster than what comes before them are left out. Behind the
     last the fastest candidate follows, where that is clearly faster. Where the strategy's search
-    was cut, candidates safer than its first step come before it.
+    was cut, candidates safer than its first step come before it; where it has no
+    steps, the sequence is that of the candidates alone.
     """
     some = theirs.candidates
     able_now = {c.name: c for c in able(candidates, reference, ceiling_ms)}

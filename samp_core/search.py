@@ -329,16 +329,16 @@ class Search:
         last = self._full.layers
         for name, choice in self._path():
             self._names.setdefault(plan_of(self._base, self.nodes, choice).key(), name)
-        for name, plan in self.modes.items():
-            whole = name.split("(")[1].startswith((f"{last})", f"{last},"))
-            if whole or any(spec.free for spec in self._config.tiers.values()):
+        whole = [n for n in self.modes if n.split("(")[1].startswith((f"{last})", f"{last},"))]
+        for name in whole:
+            self._look(name, self.modes[name])
+        self._propose(LOOKS)  # first what is promised, then what a recommendation is made along
+        if any(spec.free for spec in self._config.tiers.values()):
+            for name, plan in self.modes.items():
                 self._look(name, plan)
-        self._propose(LOOKS)
 
     def _propose(self, most: int) -> None:
-        """Looks at so many new stairs at most, those near promises and ceilings, then at greedy's
-        plans and what may stand in for them.
-        """
+        """Looks at so many new stairs at most, near promises and ceilings, then follows greedy."""
         assert self.table is not None
         edges = self.table.weighted(self._config.mix)
         self.stairs = milp.staircase(edges, self.losses)

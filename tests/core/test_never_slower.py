@@ -62,9 +62,11 @@ def test_greedy_serves_no_faster_plan(
     times = [c.latency_ms for c in ours]
     assert times == sorted(set(times), reverse=True), "each faster than the one before"
     assert all(ms < 10.0 and ms <= (ceiling or 12.0) for ms in times)
-    if steps:
-        able = [c.latency_ms for c in every if c.latency_ms <= (ceiling or 12.0)]
-        assert ours[-1].latency_ms * (1 - rivals.CLEARLY) <= min(able), "what costs nothing"
+    if not steps:
+        assert ours == drop_sequence(every, exact, promise, N, ceiling_ms=ceiling)
+        return
+    able = [c.latency_ms for c in every if c.latency_ms <= (ceiling or 12.0)]
+    assert ours[-1].latency_ms * (1 - rivals.CLEARLY) <= min(able), "what costs nothing"
     for candidate in ours:
         if candidate not in steps and candidate is not ours[-1]:
             assert any(
@@ -229,5 +231,4 @@ def test_in_worlds_of_noise_it_is_hardly_ever_slower() -> None:
     )
     assert np.mean(milp > greedy + 1e-9) <= 0.02
     assert np.mean(milp > best + 1e-9) < 0.5 * np.mean(alone > best + 1e-9)
-    assert np.mean(milp < best - 1e-9) > np.mean(milp > best + 1e-9)
     assert milp.mean() <= min(samp.mean(), greedy.mean())
