@@ -155,50 +155,35 @@ def drop_sequence(
     *,
     ceiling_ms: float | None = None,
     alpha: float = 0.05,
-    rivals: Sequence[Sequence[Candidate]] = (),
 ) -> list[Candidate]:
     """The plans to verify for a promised drop, safest first; the last that passes is served.
 
     The first failure ends it, so each test in between may cost everything after it and has to
     bring something: the front of predicted bound and latency in steps of more than STEP, from the
     fastest plan at SAFE of the promise on. A failure of the last costs nothing: it is the fastest.
-
-    rivals: candidates of other strategies, each of which would have a sequence of its own. For
-    every plan in one of those the fastest candidate of no larger bound is then in this one, and
-    nothing else: where plans of smaller bounds pass before plans of larger ones, no rival would
-    have served a faster plan.
     """
+    ordered = front(able(candidates, reference, ceiling_ms), n, alpha)
+    safe = [c for c in ordered if predicted_bound(c, n, alpha) <= SAFE * promise]
+    chosen: list[Candidate] = []
+    for candidate in ordered[max(len(safe) - 1, 0) :]:
+        if not chosen or candidate.latency_ms < (1.0 - STEP) * chosen[-1].latency_ms:
+            chosen.append(candidate)
+    if chosen and chosen[-1] is not ordered[-1]:
+        chosen.append(ordered[-1])
+    return chosen
 
-    def of(some: Sequence[Candidate]) -> list[Candidate]:
-        faster = [
-            c
-            for c in some
-            if c.timed
-            and c.latency_ms < reference.latency_ms
-            and (ceiling_ms is None or c.latency_ms <= ceiling_ms)
-        ]
-        return front(faster, n, alpha)
 
-    def in_steps(ordered: Sequence[Candidate]) -> list[Candidate]:
-        safe = [c for c in ordered if predicted_bound(c, n, alpha) <= SAFE * promise]
-        chosen: list[Candidate] = []
-        for candidate in ordered[max(len(safe) - 1, 0) :]:
-            if not chosen or candidate.latency_ms < (1.0 - STEP) * chosen[-1].latency_ms:
-                chosen.append(candidate)
-        if chosen and chosen[-1] is not ordered[-1]:
-            chosen.append(ordered[-1])
-        return chosen
-
-    ordered = of([*candidates, *(c for some in rivals for c in some)])
-    theirs = [candidate for some in rivals for candidate in in_steps(of(some))]
-    if not theirs:
-        return in_steps(ordered)
-    bounds = [predicted_bound(c, n, alpha) for c in ordered]
-    places = {
-        sum(bound <= predicted_bound(candidate, n, alpha) for bound in bounds) - 1
-        for candidate in theirs
-    }
-    return [ordered[place] for place in sorted(places | {len(ordered) - 1})]
+def able(
+    candidates: Sequence[Candidate], reference: Candidate, ceiling_ms: float | None
+) -> list[Candidate]:
+    """Timed ones that are faster than the reference and under the ceiling."""
+    return [
+        c
+        for c in candidates
+        if c.timed
+        and c.latency_ms < reference.latency_ms
+        and (ceiling_ms is None or c.latency_ms <= ceiling_ms)
+    ]
 
 
 def most_accurate_under(

@@ -115,7 +115,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
             warnings += loss_note(losses)
         correct.add(plans)
         choices = {
-            name: choose(name, spec, candidates, correct, clock.spent_all, found.rivals)
+            name: choose(name, spec, candidates, correct, clock.spent_all, found.greedy)
             for name, spec in config.tiers.items()
         }
         exact = Choice("exact", TierSpec(), FLOAT, (), True)
@@ -128,7 +128,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
         choices = {
             name: recheck(made, again[made.plan], again[FLOAT])
             for name, choice in choices.items()
-            for made in [fastest(choice, again)]
+            for made in [fastest(choice, again, found.greedy)]
         }
         served = {choice.plan: plans[choice.plan] for choice in choices.values()}
         measured = {

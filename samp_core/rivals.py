@@ -1,29 +1,34 @@
-"""What other strategies would propose, as points of one model of loss and time.
+"""What the greedy search would find by itself, and where plans may stand in for its steps.
 
-Pure functions over a chain's choices: `milp` looks at what stands for each of their steps.
+Pure functions: `milp` looks at every plan that greedy looks at, and tests what greedy would test.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from samp_core.allocate import STEP
-from samp_core.chain import Node, path_cost
-from samp_core.milp import Solution, lost
+from samp_core.allocate import Candidate, able, drop_sequence, pooled, predicted_bound
+from samp_core.chain import Node
+from samp_core.milp import Solution
 
-NEAR = 0.05
-"""Of two plans of one loss, the share of time by which the slower may still be as good."""
+HOPELESS = 0.1
+"""A plan is not timed if another is safer and, as modelled, faster by more than this share."""
+SAFER = 0.5
+"""A plan stands in for a step of another strategy with at most this part of its KL."""
+CLEARLY = 0.05
+"""What a plan is faster by, as a share of the other's time, that a clock does not make up."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """A plan as modelled: what its nodes lose together, and the milliseconds of a pass."""
+class Found:
+    """What a strategy would have found by itself: every plan with float's, by name.
 
-    name: str
-    choice: tuple[int, ...]
-    loss: float
-    ms: float
+    cut: the time ended its search, and it might have found safer plans.
+    """
+
+    candidates: Mapping[str, Candidate]
+    cut: bool = False
 
 
 def reverted(
@@ -39,42 +44,87 @@ def reverted(
     return found
 
 
-def points(
-    named: Sequence[tuple[str, tuple[int, ...]]],
-    losses: Sequence[Sequence[float]],
-    edges: Sequence[Sequence[Sequence[float]]],
-    rest_ms: float,
-) -> list[Point]:
-    """Choices as the model has them. rest_ms: what a pass costs beside the edges."""
-    return [
-        Point(name, choice, lost(losses, choice), path_cost(edges, choice) + rest_ms)
-        for name, choice in named
-    ]
+def hopeless(
+    candidates: Sequence[Candidate], kept: Collection[str], n: int, alpha: float
+) -> set[str]:
+    """Those that need not be timed: another is safer and by more than HOPELESS faster."""
+    found, fastest = set(), float("inf")
+    for candidate in sorted(pooled(candidates), key=lambda c: predicted_bound(c, n, alpha)):
+        if candidate.name not in kept and candidate.latency_ms * (1 - HOPELESS) > fastest:
+            found.add(candidate.name)
+        fastest = min(fastest, candidate.latency_ms)
+    return found
 
 
-def steps(points: Sequence[Point], least: float, most: float) -> list[Point]:
-    """A strategy's own front in steps of STEP of time, from the last of at most `least` loss to
-    `most`; the fastest is always there. Safest first.
+def alone(candidates: Sequence[Candidate], ms: Mapping[str, float], cut: bool = False) -> Found:
+    """These as a search that had looked at no others would leave them; ms: of those it times.
+
+    Bounds depend on which plans their changes are pooled over.
     """
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.loss, p.ms)):
-        if point.loss <= most and (not kept or point.ms < kept[-1].ms):
-            kept.append(point)
-    safe = sum(point.loss <= least for point in kept)
-    chosen: list[Point] = []
-    for point in kept[max(safe - 1, 0) :]:
-        if not chosen or point.ms < (1.0 - STEP) * chosen[-1].ms:
-            chosen.append(point)
-    return chosen if not kept or kept[-1] in chosen else [*chosen, kept[-1]]
+    made = {
+        c.name: replace(c, latency_ms=ms.get(c.name, c.latency_ms), timed=c.name in ms)
+        for c in pooled(candidates)
+    }
+    return Found(made, cut)
 
 
-def stand_in(point: Point, stairs: Sequence[Solution], rest_ms: float) -> Point | Solution:
-    """The fastest stair of no more loss, or the point itself where that is hardly faster.
+def stand_ins(
+    steps: Iterable[tuple[float, float]], stairs: Sequence[Solution], rest_ms: float
+) -> list[Solution]:
+    """The fastest stairs that may stand in for steps of a loss and milliseconds, each once.
 
     rest_ms: what a pass costs beside the edges of the stairs.
     """
-    able = [stair for stair in stairs if stair.loss <= point.loss * (1 + 1e-9)]
-    best = min(able, key=lambda stair: stair.cost, default=None)
-    if best is None or best.cost + rest_ms > (1.0 - NEAR) * point.ms:
-        return point
-    return best
+    found = []
+    for loss, ms in steps:
+        able = [stair for stair in stairs if stair.loss <= SAFER * loss]
+        best = min(able, key=lambda stair: stair.cost, default=None)
+        if best is not None and best.cost + rest_ms < (1.0 - CLEARLY) * ms:
+            found.append(best)
+    return list(dict.fromkeys(found))
+
+
+def sequence(
+    theirs: Found,
+    candidates: Sequence[Candidate],
+    reference: Candidate,
+    promise: float,
+    n: int,
+    *,
+    ceiling_ms: float | None = None,
+    alpha: float = 0.05,
+) -> list[Candidate]:
+    """The plans to verify so as not to serve a slower one than the strategy by itself would.
+
+    Its very sequence: any other test might fail where its own pass. A candidate stands in for a
+    step only where it is faster by more than CLEARLY and its KL, measured, at most SAFER of the
+    step's; steps that are then no faster than what comes before them are left out. Behind the
+    last the fastest candidate follows, where that is clearly faster. Where the strategy's search
+    was cut, candidates safer than its first step come before it; where it has no
+    steps, the sequence is that of the candidates alone.
+    """
+    some = theirs.candidates
+    able_now = {c.name: c for c in able(candidates, reference, ceiling_ms)}
+    limits = {"ceiling_ms": ceiling_ms, "alpha": alpha}
+    steps = drop_sequence(list(some.values()), some[reference.name], promise, n, **limits)
+    steps = [able_now.get(step.name, step) for step in steps]
+    own = drop_sequence(candidates, reference, promise, n, **limits)
+    if not steps:
+        return own
+    chosen: list[Candidate] = []
+    if theirs.cut:
+        first = steps[0]
+        chosen = [c for c in own if c.kl < first.kl and c.latency_ms > first.latency_ms]
+    for step in steps:
+        better = [
+            c
+            for c in able_now.values()
+            if c.kl <= SAFER * step.kl and c.latency_ms < (1.0 - CLEARLY) * step.latency_ms
+        ]
+        taken = min(better, key=lambda c: c.latency_ms, default=step)
+        if not chosen or taken.latency_ms < chosen[-1].latency_ms:
+            chosen.append(taken)
+    fastest = own[-1]
+    if fastest.latency_ms < (1.0 - CLEARLY) * chosen[-1].latency_ms:
+        chosen.append(fastest)
+    return chosen

@@ -7,7 +7,7 @@ are timed whole, so that the model of the device proposes and the device decides
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -27,12 +27,8 @@ from samp_core.workbench import Split, Workbench
 
 LOOKS = 16
 """Plans of one staircase that are run over the search split."""
-OVER = 1.5
-"""Other strategies' steps are followed up to a bound of so many times the largest promise."""
 RIVALS = 12
-"""Plans that are because they stand for a step that another strategy would take."""
-HOPELESS = 0.1
-"""A plan is not timed if another is safer and, as modelled, faster by more than this share."""
+"""Plans that are because they may stand in for a step of greedy's."""
 STAMPING = 0.15
 """Share of the time left that time stamps may take."""
 SENSITIVITY = 0.5
@@ -52,9 +48,8 @@ class Found:
     candidates: dict[str, Candidate]
     modelled: dict[str, dict[str, Any]] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
-    rivals: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Other strategy -> the plans that stand for its steps: themselves, or what is faster and, as
-    modelled, no less safe."""
+    greedy: rivals.Found | None = None
+    """What greedy's search would have found by itself, where it is followed."""
 
 
 class Search:
@@ -85,6 +80,9 @@ class Search:
         self.table: costs.CostTable | None = None
         self._stamped: costs.CostTable | None = None
         self._misses: dict[str, dict[str, float]] = {}
+        self._walked: list[str] = []
+        self._cut = False
+        self._alone: set[str] = set()
         plain = plan_of(self._base, self.nodes, [0] * len(self.nodes))
         self._float = replace(plain, mode=FLOAT, scales={}, outliers={})
         self.modes: dict[str, Plan] = {}
@@ -269,12 +267,24 @@ class Search:
 
     def _whole(self) -> dict[str, dict[str, float]]:
         """name -> bucket -> measured milliseconds, of every plan but hopeless ones."""
+        found = self._found
         if self.table is not None:
             self._foretell()
-        hopeless = set() if self.table is None else self._hopeless()
-        plans = {name: plan for name, plan in self._found.plans.items() if name not in hopeless}
-        mix = tuple(self._config.mix)
-        return self._bench.latencies(plans, self._split, "measure latencies", mix)
+        hopeless: set[str] = set() if self.table is None else self._hopeless(found.plans)
+        plans = {name: plan for name, plan in found.plans.items() if name not in hopeless}
+        title, mix = "measure latencies", tuple(self._config.mix)
+        if not self._walked:
+            return self._bench.latencies(plans, self._split, title, mix)
+        if not self._alone:
+            self._alone = set(self._walked) - self._hopeless(self._walked)
+        own = {name: found.plans[name] for name in self._alone}
+        measured = self._bench.latencies({**plans, **own}, self._split, title, mix)
+        # A greedy build with this cache takes the same readings: a clock shall not part the two.
+        theirs = self._bench.latencies(own, self._split, title, mix, measured)
+        ms = {name: self._weigh(each) for name, each in theirs.items()}
+        walked = [found.candidates[name] for name in self._walked]
+        found.greedy = rivals.alone(walked, ms, self._cut)
+        return measured
 
     def _foretell(self) -> None:
         """Every candidate's latency by the table as it is now."""
@@ -293,19 +303,13 @@ class Search:
         self._misses = costs.misses(self._stamped, self.nodes, choices, whole)
         self._foretell()
 
-    def _hopeless(self) -> set[str]:
+    def _hopeless(self, names: Collection[str]) -> set[str]:
         """Plans that need not be timed; the modes are, where a tier is chosen along them."""
-        ordered = sorted(self._pooled().values(), key=self._bound)
         kept = {FLOAT, *self.baselines, self._names.get(self._full.key(), "")}
         if any(spec.free for spec in self._config.tiers.values()):
             kept |= set(self.modes)
-        kept |= {name for names in self._found.rivals.values() for name in names}
-        hopeless, fastest = set(), float("inf")
-        for candidate in ordered:
-            if candidate.name not in kept and candidate.latency_ms * (1 - HOPELESS) > fastest:
-                hopeless.add(candidate.name)
-            fastest = min(fastest, candidate.latency_ms)
-        return hopeless
+        some = [self._found.candidates[name] for name in names]
+        return rivals.hopeless(some, kept, self._n, self._config.alpha)
 
     # strategies
 
@@ -316,24 +320,28 @@ class Search:
                 self._look(name, plan)
 
     def _milp(self) -> None:
-        """The staircase of fastest plans by loss, and near it what others would propose.
+        """The staircase of fastest plans by loss, and what greedy would look at.
 
         KL adds up well enough (a plan's is 0.9 to 1.4 times its nodes' on recorded tasks) that
         losses need no correction; each look then tells what a plan really loses.
         """
         assert self.table is not None
         last = self._full.layers
-        for name, plan in self.modes.items():
-            whole = name.split("(")[1].startswith((f"{last})", f"{last},"))
-            if whole or any(spec.free for spec in self._config.tiers.values()):
+        for name, choice in self._path():
+            self._names.setdefault(plan_of(self._base, self.nodes, choice).key(), name)
+        whole = [n for n in self.modes if n.split("(")[1].startswith((f"{last})", f"{last},"))]
+        for name in whole:
+            self._look(name, self.modes[name])
+        self._propose(LOOKS)  # first what is promised, then what a recommendation is made along
+        if any(spec.free for spec in self._config.tiers.values()):
+            for name, plan in self.modes.items():
                 self._look(name, plan)
-        self._propose(LOOKS)
 
     def _propose(self, most: int) -> None:
-        """Looks at so many new stairs at most, those near promises and ceilings, then at rivals."""
+        """Looks at so many new stairs at most, near promises and ceilings, then follows greedy."""
         assert self.table is not None
-        self._edges = self.table.weighted(self._config.mix)
-        self.stairs = milp.staircase(self._edges, self.losses)
+        edges = self.table.weighted(self._config.mix)
+        self.stairs = milp.staircase(edges, self.losses)
         left = most
 
         def look(index: int) -> Candidate | None:
@@ -356,56 +364,48 @@ class Search:
             for index in (first, first + 1, first - 1):
                 if 0 <= index < len(self.stairs):
                     look(index)
-        self._found.rivals = self._rivals(base * total)
+        if self._drop_limits:
+            self._follow(base * total)
 
-    def _rivals(self, rest_ms: float) -> dict[str, tuple[str, ...]]:
-        """samp and greedy -> the plans looked at that stand for their steps, fastest first.
+    def _follow(self, rest_ms: float) -> None:
+        """Looks at what greedy would, and at RIVALS new plans at most that may stand in for that.
 
-        From where the strictest promise is surely held to the safest plan well over every one; at
-        most RIVALS that were not looked at before. rest_ms: what is no part of the edges.
+        rest_ms: what a pass costs beside the edges.
         """
-        modelled, candidates = self._found.modelled, self._pooled().values()
-        limits = self._drop_limits
-        made = [(c, modelled[c.name]["kl"]) for c in candidates if c.name != FLOAT and limits]
-        most = min(
-            (kl for c, kl in made if self._bound(c) > OVER * limits[-1]), default=float("inf")
-        )
-        safe = [kl for c, kl in made if self._bound(c) <= allocate.SAFE * limits[0]]
-        back = int(bool(self.halves))  # to fp16 where it is there
-        kl = sensitivity.estimated(self.scores)
-        own = {name: plan for name, plan in self.modes.items() if not name.startswith("gemms")}
-        proposed = {
-            "samp": [(name, choice_of(plan, self.nodes)) for name, plan in own.items()],
-            "greedy": rivals.reverted(kl, self.nodes, back),
-        }
-        left, found = RIVALS, {}
-        for who, named in proposed.items():
-            points = rivals.points(named, self.losses, self._edges, rest_ms)
-            stand: list[str] = []
-            for point in reversed(rivals.steps(points, max(safe, default=0.0), most)):
-                best = rivals.stand_in(point, self.stairs, rest_ms)
-                plan = plan_of(self._base, self.nodes, best.choice)
-                left -= not self._known(plan)
-                if left < 0 and not self._known(plan):
-                    continue
-                name = point.name if best is point else f"milp-{plan.key()[:8]}"
-                candidate = self._look(name, plan)
-                if candidate is not None:
-                    stand.append(candidate.name)
-            found[who] = tuple(dict.fromkeys(stand))
-        return found
+        if not self._walked:
+            looked = [self._look(name, plan) for name, plan in self.baselines.items()]
+            names = [FLOAT, *self._greedy(), *(made.name for made in looked if made)]
+            self._walked = list(dict.fromkeys(names))
+        total = sum(self._config.mix.values())
+        told = [self._found.modelled[name] for name in self._walked if name != FLOAT]
+        steps = [(made["kl"], total * self._weigh(made["latency_ms"])) for made in told]
+        able = rivals.stand_ins(steps, self.stairs, rest_ms)
+        plans = [plan_of(self._base, self.nodes, stair.choice) for stair in able]
+        for plan in [plan for plan in plans if not self._known(plan)][:RIVALS]:
+            self._look(f"milp-{plan.key()[:8]}", plan)
 
-    def _greedy(self) -> None:
+    def _path(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Greedy's: names and choices."""
+        kl = sensitivity.estimated(self.scores)
+        return rivals.reverted(kl, self.nodes, int(bool(self.halves)))  # to fp16 where it is there
+
+    def _greedy(self) -> list[str]:
         """From all int8, give the dearest node back to float until the strictest promise holds.
 
-        As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline.
+        As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline. The
+        plans looked at.
         """
-        kl = sensitivity.estimated(self.scores)
-        for name, choice in rivals.reverted(kl, self.nodes, int(bool(self.halves))):
+        enough = SHARES[-1] * min(self._drop_limits, default=0.0)
+        names = []
+        for name, choice in self._path():
             made = self._look(name, plan_of(self._base, self.nodes, choice))
-            enough = SHARES[-1] * min(self._drop_limits, default=0.0)
-            if made is None or (self._drop_limits and self._bound(made) <= enough):
+            self._cut = made is None
+            if made is None:
                 break
+            names.append(made.name)
+            if self._drop_limits and self._bound(made) <= enough:
+                break
+        return names
 
     def _lower_loss(self) -> None:
         """The nodes whose noise lowers the task's loss to first order (arXiv 2207.10083).
@@ -475,5 +475,5 @@ class Search:
             },
             "modelled": self._found.modelled,
             "misses": self._misses,
-            "rivals": self._found.rivals,
+            "greedy": list(self._walked),
         }

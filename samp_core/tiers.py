@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from samp_kernels.interface import Array
 
-from samp_core import allocate, evaluate
+from samp_core import allocate, evaluate, rivals
 from samp_core.allocate import Candidate
 from samp_core.config import TierSpec
 from samp_core.metrics import Accuracy, Metric
@@ -122,24 +123,19 @@ def choose(
     candidates: Mapping[str, Candidate],
     verifier: Verifier,
     stop: Callable[[], bool] = lambda: False,
-    rivals: Mapping[str, Sequence[str]] | None = None,
+    greedy: rivals.Found | None = None,
 ) -> Choice:
     """The plan of one tier, by its wish; verified where it promises a drop.
 
-    After `stop` no further plan is run over the verification rows but a tier's first. rivals: names
-    of candidates that stand for other strategies' plans, see allocate.drop_sequence.
+    After `stop` no further plan is run over the verification rows but a tier's first. greedy: the
+    strategy than which none shall be slower, see rivals.sequence.
     """
     reference = candidates[FLOAT]
     timed = [c for c in candidates.values() if c.timed]
     faster = [c for c in timed if c.latency_ms < reference.latency_ms]
     everything = [reference, *faster]
     if spec.drop is not None:
-        by_name = {c.name: c for c in everything}
-        theirs = [
-            [by_name[name] for name in names if name in by_name]
-            for names in (rivals or {}).values()
-        ]
-        return _by_drop(tier, spec, reference, everything, verifier, stop, theirs)
+        return _by_drop(tier, spec, reference, everything, verifier, stop, greedy)
     if spec.latency is not None:
         chosen = allocate.most_accurate_under(everything, spec.latency, verifier.n, verifier.alpha)
         if chosen is not None:
@@ -165,11 +161,20 @@ def near_ones(choice: Choice, candidates: Mapping[str, Candidate]) -> list[str]:
     return [n for n in dict.fromkeys([*passed, choice.plan]) if candidates[n].latency_ms <= most]
 
 
-def fastest(choice: Choice, again: Mapping[str, float]) -> Choice:
-    """The choice with the fastest plan that passed, by times measured again, in turns."""
+def fastest(
+    choice: Choice, again: Mapping[str, float], greedy: rivals.Found | None = None
+) -> Choice:
+    """The choice with the fastest plan that passed, by times measured again, in turns.
+
+    Of a plan of greedy's and one that is hardly faster, greedy's: a clock shall not part them.
+    """
     passed = [name for name, test in choice.tests if test.passed and name in again]
     best = min(passed, key=lambda name: again[name], default=choice.plan)
-    return replace(choice, plan=best) if again[best] < again[choice.plan] else choice
+    theirs = [name for name in passed if greedy is not None and name in greedy.candidates]
+    other = min(theirs, key=lambda name: again[name], default=best)
+    if again[best] >= (1.0 - rivals.CLEARLY) * again[other]:
+        best = other
+    return replace(choice, plan=best) if again[best] != again[choice.plan] else choice
 
 
 def recheck(choice: Choice, latency_ms: float, float_ms: float = math.inf) -> Choice:
@@ -201,15 +206,15 @@ def _by_drop(
     candidates: Sequence[Candidate],
     verifier: Verifier,
     stop: Callable[[], bool],
-    rivals: Sequence[Sequence[Candidate]],
+    greedy: rivals.Found | None,
 ) -> Choice:
     assert spec.drop is not None
     promise = spec.drop / 100.0
     n = verifier.n
-    sequence = allocate.drop_sequence(
-        candidates, reference, promise, n,
-        ceiling_ms=spec.latency, alpha=verifier.alpha, rivals=rivals,
-    )  # fmt: skip
+    follow = allocate.drop_sequence if greedy is None else partial(rivals.sequence, greedy)
+    sequence = follow(
+        candidates, reference, promise, n, ceiling_ms=spec.latency, alpha=verifier.alpha
+    )
     notes: list[str] = []
 
     def until_late() -> Iterator[str]:

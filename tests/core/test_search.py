@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from separable import small
 
 from samp_core import costs, milp, rivals, sensitivity
-from samp_core.allocate import STEP, last_fit, predicted_bound
+from samp_core.allocate import drop_sequence, last_fit, predicted_bound
 from samp_core.budget import Clock
 from samp_core.build import open_workbench, plan_modes, read_splits
 from samp_core.chain import chain, choice_of, path_cost
@@ -95,7 +95,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Planted]:
 def device(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole plans take what the table says, but for a part that no table knows."""
 
-    def latencies(plans: Any, split: Any, title: str, buckets: Any) -> Any:
+    def latencies(plans: Any, split: Any, title: str, buckets: Any, known: Any = None) -> Any:
         nodes = asked[0]
         made = table(nodes)
         return {
@@ -130,31 +130,62 @@ def test_milp_is_as_fast_as_any_other_strategy_at_every_promise(planted: Planted
 
 
 @pytest.mark.usefixtures("device")
-def test_every_step_of_a_rival_has_a_plan_that_is_looked_at(planted: Planted) -> None:
-    """Of no more loss and no more time, but for steps that a rival would not take either."""
-    made, found = planted.searched("milp")
-    assert set(found.rivals) == {"samp", "greedy"}
-    names = {name for some in found.rivals.values() for name in some}
-    assert len(names) > 3
-    assert all(found.candidates[name].timed for name in names)
-    stand = [found.modelled[name] for name in names]
-    most = max(s["kl"] for s in stand)
-    safest = min(found.modelled[name]["kl"] for name in found.rivals["greedy"])
-    greedy = dict(rivals.reverted(sensitivity.estimated(made.scores), made.nodes, 0))
-    theirs = [
-        *(choice_of(p, made.nodes) for n, p in made.modes.items() if n[:5] != "gemms"),
-        *greedy.values(),
-    ]
-    checked = 0
-    for choice in theirs:
-        loss, ms = milp.lost(made.losses, choice), made.table.total(choice, "1")
-        if safest <= loss <= most:
-            checked += 1
-            assert any(
-                s["kl"] <= loss * (1 + 1e-9) and s["latency_ms"]["1"] <= ms / (1 - STEP) * 1.01
-                for s in stand
-            )
-    assert checked > 6
+def test_milp_looks_at_what_greedy_would_and_tests_what_it_would(planted: Planted) -> None:
+    _, found = planted.searched("milp")
+    _, greedy = planted.searched("greedy")
+    assert found.greedy is not None
+    assert not found.greedy.cut
+    assert found.greedy.candidates == greedy.candidates
+    assert len(greedy.candidates) > 4
+    assert set(greedy.candidates) < set(found.candidates)
+    for name, candidate in greedy.candidates.items():
+        assert found.plans[name].key() == greedy.plans[name].key()
+        assert found.candidates[name].timed >= candidate.timed
+    assert found.record["greedy"][0] == FLOAT
+    reference, every = found.candidates[FLOAT], list(found.candidates.values())
+    for promise in (0.01, 0.04):
+        theirs = drop_sequence(list(greedy.candidates.values()), reference, promise, N)
+        ours = rivals.sequence(found.greedy, every, reference, promise, N)
+        assert ours[-1].latency_ms <= theirs[-1].latency_ms
+        assert len(ours) <= len(theirs) + 1
+
+
+@pytest.mark.usefixtures("device")
+def test_greedys_plans_that_the_time_left_out_are_known_to_be(planted: Planted) -> None:
+    """Its walk stops where a look comes too late; what it found before that is there."""
+    made, _ = planted.searched("milp")
+    made._found = Found({}, {})
+    looks, look = [], made._look
+
+    def late(name: str, plan: Plan) -> Any:
+        looks.append(name)
+        return None if len(looks) == 4 else look(name, plan)
+
+    made._look = late  # type: ignore[method-assign]
+    assert made._greedy() == [name if name != "greedy(0)" else "full(3)" for name in looks[:3]]
+    assert made._cut
+
+
+@pytest.mark.usefixtures("device")
+def test_a_greedy_build_takes_the_readings_of_the_clock_that_milp_took(
+    planted: Planted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    plain = planted.bench.latencies
+
+    def latencies(plans: Any, split: Any, title: str, buckets: Any, known: Any = None) -> Any:
+        asked.append({"plans": set(plans), "known": known})
+        return plain(plans, split, title, buckets)
+
+    monkeypatch.setattr(planted.bench, "latencies", latencies)
+    planted.searched("milp")
+    kept = [call for call in asked if call["known"] is not None]
+    assert kept
+    assert all(call["plans"] <= set(call["known"]) for call in kept)
+    asked.clear()
+    planted.searched("greedy")
+    (own,) = (call["plans"] for call in asked)
+    assert all(call["plans"] == own for call in kept)
 
 
 @pytest.mark.usefixtures("device")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from samp_kernels.interface import Array
 
-from samp_core import evaluate
+from samp_core import evaluate, rivals
 from samp_core.allocate import Candidate
 from samp_core.config import TierSpec
 from samp_core.data import make_rows
@@ -261,6 +261,13 @@ def test_of_those_that_passed_the_fastest_when_measured_again() -> None:
     again = {"full(2)": 3.7, "full(3)": 3.8, "full(4)": 1.0, FLOAT: 10.0}
     assert fastest(choice, again).plan == "full(2)"
     assert fastest(choice, {**again, "full(2)": 3.9}) is choice
+    assert fastest(choice, again, rivals.Found({})).plan == "full(2)"
+    theirs = rivals.Found({"full(3)": candidates(rows)["full(3)"]})
+    assert fastest(choice, again, theirs) is choice, "a clock shall not part the two"
+    assert fastest(choice, {**again, "full(2)": 3.5}, theirs).plan == "full(2)"
+    other = rivals.Found({"full(2)": candidates(rows)["full(2)"]})
+    assert fastest(choice, {**again, "full(2)": 3.9}, other).plan == "full(2)"
+    assert fastest(choice, {**again, "full(2)": 4.1}, other) is choice
     without, _ = serve(TierSpec(), {}, rows)
     assert fastest(without, {**again, without.plan: 5.0}) is without
 
