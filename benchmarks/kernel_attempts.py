@@ -101,9 +101,15 @@ def compiled(attempts: Sequence[str]) -> Path:
     (whole / "dispatch.h").write_text(re.sub(r"kLevels = \d+;", count, header))
 
     vnni = [*setup.QUIET.split(), *setup.LEVELS[3].split(), "-DSAMP_LEVEL=3"]
-    jobs = [(setup_file, setup_file.stem, ["-DSAMP_HAVE_LEVEL_3"])
-            for setup_file in sorted(whole.glob("*.cc")) if setup_file.name != "level.cc"]  # fmt: skip
-    jobs += [(whole / "level.cc", "level3", vnni), (whole / "level.cc", "level0", ["-DSAMP_LEVEL=0"])]
+    jobs = [
+        (setup_file, setup_file.stem, ["-DSAMP_HAVE_LEVEL_3"])
+        for setup_file in sorted(whole.glob("*.cc"))
+        if setup_file.name != "level.cc"
+    ]
+    jobs += [
+        (whole / "level.cc", "level3", vnni),
+        (whole / "level.cc", "level0", ["-DSAMP_LEVEL=0"]),
+    ]
     jobs += [(native.nanobind / "nb_combined.cpp", "nanobind", ["-fno-strict-aliasing", "-w"])]
     for name in attempts:
         level = source_of(name) / "level.cc"
@@ -126,7 +132,9 @@ def loaded(name: str, path: Path) -> ModuleType:
     return module
 
 
-def passes(model: Any, row: str, precision: str, levels: Sequence[str]) -> dict[str, Callable[[], Any]]:
+def passes(
+    model: Any, row: str, precision: str, levels: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
     """level -> one pass over the row's texts."""
     import encoder_models
     from samp_kernels.cpu.backend import CpuBackend
@@ -213,7 +221,8 @@ def main() -> None:
                   f"{ratio:.3f}x{more}", flush=True)  # fmt: skip
     others = bystanders.share()
     path = machine.write_result(
-        "kernel-attempts", threads=THREADS, rows=rows, not_run=[], found_limits=limits.limits(THREADS),
+        "kernel-attempts", threads=THREADS, rows=rows, not_run=[],
+        found_limits=limits.limits(THREADS),
         found_versions=store.installed(("numpy",)), folder=options.results,
         limits_one_thread=limits.limits(1), precision=options.precision,
         others_share=round(others, 3),

@@ -64,9 +64,12 @@ class Arm:
     def waited_ms(self) -> list[float]:
         count = len(self.passes[0][1])
         return [
-            1000 * statistics.median(passed - sum(threads[i].values()) for passed, threads in self.passes)
+            1000
+            * statistics.median(
+                passed - sum(threads[i].values()) for passed, threads in self.passes
+            )
             for i in range(count)
-        ]  # fmt: skip
+        ]
 
 
 def by_op(timings: list[tuple[str, str, float]]) -> dict[str, float]:

@@ -130,7 +130,8 @@ const void* Encoder::after(Op op, int layer) const {
     case Op::out: return l.ffn_in.packed;
     case Op::ffn_in: return l.ffn_out.packed;
     case Op::ffn_out:
-      return layer + 1 < shape_.layers ? layers[static_cast<size_t>(layer) + 1].qkv.packed : nullptr;
+      return layer + 1 < shape_.layers ? layers[static_cast<size_t>(layer) + 1].qkv.packed
+                                       : nullptr;
     default: return nullptr;
   }
 }
