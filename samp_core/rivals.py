@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from samp_core.allocate import Candidate, able, drop_sequence, pooled, predicted_bound
 from samp_core.chain import Node
@@ -105,7 +106,7 @@ def sequence(
     """
     some = theirs.candidates
     able_now = {c.name: c for c in able(candidates, reference, ceiling_ms)}
-    limits = {"ceiling_ms": ceiling_ms, "alpha": alpha}
+    limits: dict[str, Any] = {"ceiling_ms": ceiling_ms, "alpha": alpha}
     steps = drop_sequence(list(some.values()), some[reference.name], promise, n, **limits)
     steps = [able_now.get(step.name, step) for step in steps]
     own = drop_sequence(candidates, reference, promise, n, **limits)
