@@ -60,7 +60,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         return CostTable({"1": tuple(edges)}, {"1": 0.1})
 
-    def latencies(bench: Any, plans: Any, split: Any, title: str, buckets: Any = None) -> Any:
+    def latencies(bench: Any, plans: Any, split: Any, *_: Any) -> Any:
         nodes = asked[-1]
         return {
             name: {
