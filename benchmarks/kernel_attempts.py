@@ -83,6 +83,7 @@ def compiled(attempts: Sequence[str]) -> Path:
     """The extension with one more level for each attempt."""
     setup = loaded("samp_setup", machine.ROOT / "setup.py")
     native = setup.Native(FOLDER / "objects")
+    native.folder.mkdir(parents=True, exist_ok=True)
     whole = FOLDER / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     shutil.copytree(SOURCES, whole)

@@ -34,9 +34,8 @@ if [ -n "${SAMP_GPU:-}" ]; then
     PIP="$python -m pip" "$root/deploy/compile_kernels.sh" \
         "$venv/bin/python" "$source/constraints.txt" "${wanted[@]}"
     # CuPy must load where there is no driver, too: a CPU tier of the same image serves there.
-    "$venv/bin/python" -I -c 'import cupy
-from samp_kernels.cuda import missing
-print("backend cuda: cupy", cupy.__version__, missing() or "and a GPU")'
+    "$venv/bin/python" -I -c 'from samp_kernels.cuda import load_cupy, missing
+print("backend cuda: cupy", load_cupy().__version__, missing() or "and a GPU")'
 fi
 "$venv/bin/python" -I -c 'import samp_core.serving, samp_core.text, samp_core.heads'
 "$venv/bin/python" -I -c 'import samp_core.encoder, samp_kernels.onednn, samp_templates'

@@ -13,6 +13,8 @@ import importlib
 import os
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 MEND = (
     "pip install 'samp-triton[gpu,gpu-build]' on a machine with an NVIDIA GPU, then: make kernels"
@@ -40,9 +42,17 @@ def architecture() -> str:
     return emulated() or _of_device_0()
 
 
+def load_cupy() -> Any:
+    """CuPy. When it is imported it makes a folder for what it compiles, in HOME unless told
+    otherwise, and fails where it cannot; it compiles nothing of ours."""
+    if not os.environ.get("CUPY_CACHE_DIR"):
+        os.environ["CUPY_CACHE_DIR"] = str(Path(__file__).parent)
+    return importlib.import_module("cupy")
+
+
 @cache
 def _of_device_0() -> str:
-    cupy = importlib.import_module("cupy")
+    cupy = load_cupy()
     units = importlib.import_module("samp_kernels.cuda.units")
     capability = int(cupy.cuda.Device(0).compute_capability)
     found: str = units.for_device(capability)

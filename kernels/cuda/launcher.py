@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from samp_kernels.cuda import load_cupy
 from samp_kernels.cuda.build import find_cubin
 from samp_kernels.cuda.units import ARCHITECTURES, Unit, for_device, units_by_name
 from samp_kernels.interface import Array, KernelError
@@ -83,8 +84,7 @@ class CupyLauncher:
     """
 
     def __init__(self, device: int = 0) -> None:
-        import cupy
-
+        cupy = load_cupy()
         self._cupy = cupy
         self._device = cupy.cuda.Device(device)
         self._device.use()
