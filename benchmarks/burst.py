@@ -24,11 +24,14 @@ from serving import server_version
 
 from samp_core.manifest import read_manifest
 from samp_core.server import Server
+from samp_core.stage import Layout
 
 REQUESTS = 50
 ROWS = 16
 BURSTS = 3
 BOUND = 1024
+# Nothing is refused as too much for the tier: what waits is to be seen.
+QUEUE_S = 60.0
 REVIEWS = ROOT / ".demo" / "film_reviews" / "verification.jsonl"
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -45,7 +48,8 @@ def main() -> None:
     (tier,) = build.chosen([asked.tier])
     names = (f"tokenizer_{build.model}", build.tiers[tier].encoder, f"head_{build.model}")
     found: dict[bool, list[float]] = {False: [], True: []}
-    with Server.start(asked.repository, tiers=[tier]) as server:
+    layout = Layout(queue_s=QUEUE_S)
+    with Server.start(asked.repository, tiers=[tier], layout=layout) as server:
         others = Bystanders([server.pid])
         ensemble = build.tiers[tier].ensemble
         for _ in range(asked.rounds):
