@@ -25,6 +25,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gpu_checkpoint
 import gpu_import
@@ -73,7 +74,8 @@ def unpack() -> Path:
         return python
     shutil.rmtree(place, ignore_errors=True)
     with tarfile.open(gpu_import.BUNDLE / "site.tar.xz") as archive:
-        archive.extractall(place, filter="data")
+        known: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Not in 3.11.2.
+        archive.extractall(place, **known)
     command = [sys.executable, "-m", "venv", "--without-pip", str(place / "venv")]
     subprocess.run(command, check=True)
     (place / "links").mkdir()
