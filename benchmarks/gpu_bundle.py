@@ -25,6 +25,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gpu_checkpoint
 import gpu_import
@@ -33,13 +34,20 @@ ROOT = gpu_import.ROOT
 LIMIT = 64 << 20
 OWN = (
     "benchmarks/closed_loop.py", "benchmarks/gpu_*.py", "benchmarks/lengths.json", "client",
-    "kernels", "samp_core", "model_repository/templates", "LICENSE", "README.md",
+    "kernels", "loadtest", "samp_core", "model_repository/templates", "LICENSE", "README.md",
 )  # fmt: skip
 # What model processes and the client import; versions are those of constraints.txt.
 WHEELS = (
     "annotated-types", "grpcio", "ml-dtypes", "packaging", "protobuf", "pydantic", "pydantic-core",
     "python-rapidjson", "safetensors", "tokenizers", "tritonclient", "typing-extensions",
     "typing-inspection", "urllib3",
+)  # fmt: skip
+# locust without what a headless run does not import; the machine's own come first.
+LOCUST = (
+    "blinker", "brotli", "certifi", "charset-normalizer", "click", "configargparse", "flask",
+    "flask-cors", "flask-login", "gevent", "geventhttpclient", "greenlet", "idna", "itsdangerous",
+    "jinja2", "locust", "markupsafe", "msgpack", "psutil", "pyzmq", "requests", "werkzeug",
+    "zope-event", "zope-interface",
 )  # fmt: skip
 # The embedded Triton's stub reads texts by the numpy 1 ABI; CuPy, in the encoder, wants numpy 2.
 NUMPY = "numpy"
@@ -66,7 +74,8 @@ def unpack() -> Path:
         return python
     shutil.rmtree(place, ignore_errors=True)
     with tarfile.open(gpu_import.BUNDLE / "site.tar.xz") as archive:
-        archive.extractall(place, filter="data")
+        known: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Not in 3.11.2.
+        archive.extractall(place, **known)
     command = [sys.executable, "-m", "venv", "--without-pip", str(place / "venv")]
     subprocess.run(command, check=True)
     (place / "links").mkdir()
@@ -76,6 +85,7 @@ def unpack() -> Path:
     own = sorted({paths["purelib"], paths["platlib"]})
     lines = [str(place / "site"), str(place / "links"), "import samp_numpy"]
     lines += [f"import site; site.addsitedir({folder!r})" for folder in own]
+    lines += [str(place / "locust")]
     (packages,) = (place / "venv" / "lib").glob("python*/site-packages")
     (packages / "samp.pth").write_text("\n".join(lines) + "\n")
     return python
@@ -95,7 +105,7 @@ def make(out: Path, python: str, wheels: Path) -> None:
     with tarfile.open(out / "bundle" / "site.tar.xz", "w:xz", preset=6) as archive:
         add(archive, "site/samp_numpy.py", NUMPY1.encode())
         for wheel in fetch(python, wheels):
-            place = "numpy1" if wheel.name.startswith("numpy-") else "site"
+            place = place_of(wheel)
             for name, data in wheel_files(wheel):
                 add(archive, f"{place}/{name}", data)
         for path, name in triton_files(python):
@@ -105,7 +115,7 @@ def make(out: Path, python: str, wheels: Path) -> None:
         for name, data in checkpoint_files():
             add(archive, f"checkpoint/{name}", data)
     listed = {str(p.relative_to(out)): sha256(p) for p in sorted(out.rglob("*")) if p.is_file()}
-    facts = {"python": python, "files": listed}
+    facts = {"python": python, "commit": gpu_import.commit(), "files": listed}
     (out / "bundle" / "bundle.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -129,7 +139,8 @@ def fetch(python: str, folder: Path) -> list[Path]:
     """The wheels, downloaded again where others are wanted."""
     versions = pinned()
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [f"{n}=={versions[n]}" if n in versions else n for n in (*WHEELS, NUMPY)]
+    names = (*WHEELS, NUMPY, *LOCUST)
+    wanted = [f"{n}=={versions[n]}" if n in versions else n for n in names]
     wanted[wanted.index("pydantic-core")] = core_of(versions["pydantic"])
     complete = folder / "complete"
     if not complete.is_file() or complete.read_text().split() != wanted:
@@ -144,6 +155,14 @@ def fetch(python: str, folder: Path) -> list[Path]:
             raise SystemExit("gpu_bundle: the wheels could not be downloaded")
         complete.write_text("\n".join(wanted) + "\n")
     return sorted(folder.glob("*.whl"))
+
+
+def place_of(wheel: Path) -> str:
+    """The folder of the archive that a wheel is installed into."""
+    name = wheel.name.partition("-")[0].lower().replace("_", "-").replace(".", "-")
+    if name == NUMPY:
+        return "numpy1"
+    return "locust" if name in LOCUST else "site"
 
 
 def core_of(version: str) -> str:

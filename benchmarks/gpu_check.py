@@ -19,8 +19,6 @@ import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,21 +26,21 @@ from pathlib import Path
 from typing import Any
 
 import gpu_import
-from gpu_report import Report, failed, unproven, write_json
+from gpu_report import Report, failed, run, unproven, write_json
 
 ROOT = gpu_import.ROOT
 BUDGET_S = 465.0
-# Each step's share of it, what counts most first.
+# In this order: seconds that no earlier step may take from one, and the most that one may take.
 STEPS = {
-    "ops": 80.0,
-    "encoder": 70.0,
-    "encoder times": 150.0,
-    "serving": 120.0,
-    "table": 60.0,
-    "search": 90.0,
-    "product times": 60.0,
-    "sanitizer": 100.0,
-    "large times": 60.0,
+    "ops": (45.0, 80.0),
+    "encoder": (50.0, 80.0),
+    "sanitizer": (45.0, 100.0),
+    "serving": (80.0, 120.0),
+    "table": (35.0, 60.0),
+    "encoder times": (80.0, 170.0),
+    "large times": (40.0, 90.0),
+    "product times": (30.0, 60.0),
+    "search": (35.0, 90.0),
 }
 EMULATED = ("ops", "encoder", "serving", "table", "search")
 
@@ -82,10 +80,11 @@ def run_step(name: str, report: Report, emulate: bool) -> None:
         report.attempt("near the reference", gpu_checks.check_near, backend, emulate)
         report.attempt("sessions", gpu_checks.check_session, backend, *shape)
     elif name == "encoder times":
-        plans = gpu_shapes.base_plans(backend)
-        report.attempt(name, gpu_peers.time_encoders, backend, gpu_shapes.BASE, plans)
+        plans, cases = gpu_shapes.base_plans(backend), gpu_shapes.base_cases()
+        report.attempt(name, gpu_peers.time_encoders, backend, gpu_shapes.BASE, plans, cases)
     elif name == "large times":
-        report.attempt(name, gpu_peers.time_large, backend, gpu_shapes.LARGE, gpu_shapes.large_plan)
+        shape = (gpu_shapes.LARGE, gpu_shapes.large_plan, gpu_shapes.large_cases())
+        report.attempt(name, gpu_peers.time_large, backend, *shape)
     else:
         report.attempt(name, gpu_peers.time_gemms, backend)
 
@@ -113,27 +112,6 @@ def sanitize(report: Report) -> None:
             report.check(f"compute-sanitizer {kind}", code == 0, last or f"exit status {code}")
 
 
-def run(
-    command: list[str], seconds: float, more: dict[str, str] | None = None, show: bool = False
-) -> tuple[int | None, str]:
-    """Exit status (None: stopped after `seconds`) and output; `show`: to the terminal instead."""
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **(more or {})},
-        stdout=None if show else subprocess.PIPE,
-        stderr=None if show else subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=max(seconds, 1.0))
-        return process.returncode, said or ""
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
-        return None, said or ""
-
-
 def prepare(facts: dict[str, Any], emulate: bool) -> str:
     """Unpack a bundle, and compile what no cubin was carried for; "" or what is in the way."""
     if gpu_import.BUNDLE.is_dir():
@@ -149,7 +127,7 @@ def prepare(facts: dict[str, Any], emulate: bool) -> str:
 
     if missing() and "no cubin" not in missing():
         return missing()
-    facts |= gpu_peers.device_facts(ROOT)
+    facts |= gpu_peers.device_facts()
     if missing():
         from samp_kernels.cuda.launcher import CupyLauncher
 
@@ -227,10 +205,18 @@ def note(facts: dict[str, Any], path: Path, checks: int) -> str:
     return f"proven on {here}: backend auto takes it from now on ({where})"
 
 
+def limit_of(name: str, left: float) -> float:
+    """Seconds that a step may take of what is left: what later ones need is kept for them."""
+    names = list(STEPS)
+    kept = sum(STEPS[later][0] for later in names[names.index(name) + 1 :])
+    least, most = STEPS[name]
+    return min(most, left, max(least, left - kept))
+
+
 def one_step(name: str, left: float, emulate: bool) -> dict[str, Any]:
     """Run it; what it found, also when it died: `ended` says whether it came to its end."""
     begun = time.monotonic()
-    seconds = STEPS[name] * 4 if emulate else min(STEPS[name], left)
+    seconds = STEPS[name][1] * 4 if emulate else limit_of(name, left)
     if seconds < 15:
         print(f"     {name}: left out, out of time", flush=True)
         return {"ended": True, "left_out": {name: "out of time"}}

@@ -4,7 +4,9 @@ the bundle (gpu_bundle.py) that this file lies in."""
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +16,7 @@ LINKS = {
     "samp_kernels": "kernels",
     "samp_client": "client",
     "samp_core": "samp_core",
+    "samp_loadtest": "loadtest",
     "samp_templates": "model_repository/templates",
 }
 BUNDLE = ROOT / "bundle"
@@ -35,6 +38,16 @@ def add_path(folder: str) -> None:
     sys.path.insert(0, folder)
     known = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = folder + (os.pathsep + known if known else "")
+
+
+def commit() -> str:
+    """Of the files here; a bundle says what it was made from."""
+    made = BUNDLE / "bundle.json"
+    if made.is_file():
+        return str(json.loads(made.read_text(encoding="utf-8")).get("commit", ""))
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 import_packages()

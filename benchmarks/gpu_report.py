@@ -1,9 +1,13 @@
-"""What gpu_check.py finds: lines for the reader, and JSON that is written after every line."""
+"""What gpu_check.py finds: lines for the reader, and JSON that is written after every line; and how
+it runs what may hang."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import time
 import traceback
 from collections.abc import Mapping
@@ -11,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+GRACE_S = 5.0
+"""After a kill; who is stuck in the driver even then is left behind."""
 PROVING = ("ops", "encoder", "serving")
 """Steps that must have been made before backend `auto` takes the kernels on such a GPU."""
 
@@ -56,6 +62,31 @@ class Report:
 
     def save(self) -> None:
         write_json(self.path, self.facts)
+
+
+def run(
+    command: list[str], seconds: float, more: dict[str, str] | None = None, show: bool = False
+) -> tuple[int | None, str]:
+    """Exit status (None: stopped after `seconds`) and output; `show`: to the terminal instead."""
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, **(more or {})},
+        stdout=None if show else subprocess.PIPE,
+        stderr=None if show else subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=max(seconds, 1.0))
+        return process.returncode, said or ""
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    try:
+        said, _ = process.communicate(timeout=GRACE_S)
+    except subprocess.TimeoutExpired:
+        said = ""
+    return None, said or ""
 
 
 def unproven(steps: Mapping[str, Mapping[str, Any]]) -> str:

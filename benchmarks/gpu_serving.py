@@ -319,7 +319,8 @@ def search(report: Report, emulate: bool) -> None:
         model = Model(Path(folder), SIZES[emulate], 90 if emulate else 1600)
         fp8 = quantizable_sites(on_backend(model.bench, "cuda").backend, "fp8")
         settings = {
-            "backend": "cuda", "out": Path(folder, "search"), "budget_s": 45.0,
+            "backend": "cuda", "out": Path(folder, "search"),
+            "budget_s": max(5.0, min(45.0, report.left() - 25.0)),
             "precisions": ("fp16", "int8", *(("fp8",) if fp8 else ())),
         }  # fmt: skip
         if emulate:

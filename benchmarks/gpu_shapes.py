@@ -32,6 +32,18 @@ def large_plan(name: str) -> tuple[RandomPlan, dict[str, Any]]:
     return plan, random_tensors(LARGE, plan)
 
 
+def base_cases() -> dict[str, list[int]]:
+    """Lengths of the texts of each case of BERT-base."""
+    cases = {"1 x 128": [128], "8 x 128": [128] * 8, "32 x 128": [128] * 32}
+    cases["32 film reviews"] = real_lengths("film reviews", 32)
+    return {**cases, "32 of SQuAD": real_lengths("SQuAD 1.1", 32)}
+
+
+def large_cases() -> dict[str, list[int]]:
+    cases = {"1 x 384": [384], "8 x 384": [384] * 8, "32 x 384": [384] * 32}
+    return {**cases, "64 of SQuAD": real_lengths("SQuAD 1.1", 64)}
+
+
 def real_lengths(name: str, count: int, seed: int = 0) -> list[int]:
     """Lengths of `count` of the texts that lengths.json counts under this name, drawn evenly."""
     counts = np.array(json.loads(LENGTHS.read_text())[name]["counts"])

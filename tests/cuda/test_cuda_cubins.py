@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from samp_kernels import cuda
 from samp_kernels.cuda import build
 from samp_kernels.cuda.units import (
     ARCHITECTURES,
@@ -22,6 +23,9 @@ from samp_kernels.cuda.units import (
     units_of,
 )
 from samp_kernels.interface import KernelError
+
+from samp_core.backends import open_backend
+from samp_core.errors import SampError
 
 MMA = r"\b([IHQ]G?MMA\.[0-9x]+(?:\.F32\.(?:BF16|E4M3))?)"
 needs_nvrtc = pytest.mark.skipif(not build.compiler(), reason="neither NVRTC nor nvcc")
@@ -141,6 +145,26 @@ def test_a_missing_cubin_names_the_command(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("SAMP_CUBINS", str(tmp_path))
     with pytest.raises(build.MissingKernel, match=r"no rows for sm_80.*make kernels.*--arch sm_80"):
         build.find_cubin(units_by_name()["rows"], "sm_80")
+
+
+def test_a_server_without_its_cubins_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine with a GPU, as far as `missing` looks; nothing is compiled at serving time."""
+    monkeypatch.delenv("SAMP_CUDA", raising=False)
+    monkeypatch.setenv("SAMP_CUBINS", str(tmp_path))
+    monkeypatch.setattr(cuda, "find_spec", lambda _: True)
+    monkeypatch.setattr(cuda.ctypes, "CDLL", lambda _: None)
+    monkeypatch.setattr(cuda, "architecture", lambda: "sm_89")
+    monkeypatch.setattr(build, "compile_unit", None)
+    cuda.missing.cache_clear()
+    try:
+        with pytest.raises(SampError) as refused:
+            open_backend("cuda")
+    finally:
+        cuda.missing.cache_clear()
+    assert "no cubin rows for sm_89; run: make kernels" in str(refused.value)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_nvrtc
