@@ -20,9 +20,8 @@ from typing import Any
 import gpu_import
 import numpy as np
 from gpu_report import run
+from gpu_torch import FLUSH, ROUNDS
 
-FLUSH = 256 << 20  # bytes written before each timed call; more than any L2
-ROUNDS = 30
 # What BERT's products do with their sums: bias, and this.
 EPILOGUES = {"qkv": "", "out": "residual", "ffn_in": "gelu", "ffn_out": "residual"}
 STEP = 0.05  # of a quantized output

@@ -34,8 +34,8 @@ LEAST_ROWS = 2 * MAX_BATCH
 # So many may wait whatever is in them: our clients send no more of a file at once by default.
 LEAST_REQUESTS = 16
 # Refusals alone leave the tokenizer at most once in so long: handing a batch over takes Triton and
-# the model five times the work of one more refusal in it. At five times the peak 0.01 left 90% of
-# the peak in requests of 16 texts, 0.03 and 0.05 left 96% (docs/reliability.md).
+# the model five times the work of one more refusal in it. 10 ms cost more answers at five times
+# the peak, 50 saved none: make chaos CHAOS="--only overload".
 REFUSE_EVERY_S = 0.03
 # What was sent so many times `queue_s` ago is not in it, whatever became of it.
 HARD_LIMIT = 30
