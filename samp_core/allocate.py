@@ -16,8 +16,9 @@ from samp_core.evaluate import drop_upper_bound, expected_bound, expected_floor,
 
 STEP = 0.1
 """Each plan of a sequence is faster than the one before it by more than this share."""
-SAFE = 0.3
-"""A sequence begins with the fastest plan whose bound is at most this part of the promise."""
+SAFE = 0.2
+"""A sequence begins with the fastest plan whose bound takes at most this part of the way from that
+of a plan which changes nothing to the promise."""
 FEWEST_TO_POOL = 5
 KL_SPREAD = 4.0
 """Changes are pooled over so many plans at least, whose KL differs by such a factor at least."""
@@ -68,6 +69,15 @@ def predicted_bound(candidate: Candidate, n: int, alpha: float = 0.05) -> float:
     b = candidate.expected_b * scale
     c = min(candidate.expected_c, candidate.expected_b) * scale
     return drop_upper_bound(b, c, n, alpha)
+
+
+def safe_bound(reference: Candidate, promise: float, n: int, alpha: float = 0.05) -> float:
+    """The predicted bound that the first plan of a sequence should have at most; see SAFE.
+
+    reference: float's, whose bound is the least that n texts can show.
+    """
+    least = min(predicted_bound(reference, n, alpha), promise)
+    return least + SAFE * (promise - least)
 
 
 def expected_changes(reference: Array, logits: Array, gold: Array) -> tuple[float, float]:
@@ -160,10 +170,11 @@ def drop_sequence(
 
     The first failure ends it, so each test in between may cost everything after it and has to
     bring something: the front of predicted bound and latency in steps of more than STEP, from the
-    fastest plan at SAFE of the promise on. A failure of the last costs nothing: it is the fastest.
+    fastest plan within safe_bound on. A failure of the last costs nothing: it is the fastest.
     """
     ordered = front(able(candidates, reference, ceiling_ms), n, alpha)
-    safe = [c for c in ordered if predicted_bound(c, n, alpha) <= SAFE * promise]
+    most = safe_bound(reference, promise, n, alpha)
+    safe = [c for c in ordered if predicted_bound(c, n, alpha) <= most]
     chosen: list[Candidate] = []
     for candidate in ordered[max(len(safe) - 1, 0) :]:
         if not chosen or candidate.latency_ms < (1.0 - STEP) * chosen[-1].latency_ms:

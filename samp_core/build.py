@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from samp_kernels.cpu import state
 
-from samp_core import cache, heads, latency, metrics, recipes, tasks
+from samp_core import cache, heads, metrics, recipes, tasks
 from samp_core.allocate import Candidate
 from samp_core.backends import choose_backend, doubts, unused_gpu
 from samp_core.budget import Clock, forget_best
@@ -107,7 +107,11 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
             found = Found(modes, measure_float(config, bench, modes, search, metric))
         else:
             full, come = list(modes.values())[-1], verification.rows.n
-            found = Search(config, bench, full, search, metric, come, clock).run()
+            other: dict[str, Any] = {}
+            if config.strategy in ("milp", "greedy"):  # both shall read the same table of times
+                compared = facts.get("calibration", {})
+                other, full = recipes.variants(config, bench, calibration, full, compared)
+            found = Search(config, bench, full, search, metric, come, clock, other).run()
         plans, candidates = found.plans, found.candidates
         if config.strategy == "lower-loss":
             losses = loss_report(bench, plans, {"search": search, "verification": verification})
@@ -121,16 +125,20 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
         exact = Choice("exact", TierSpec(), FLOAT, (), True)
         choices = {"exact": exact, **choices}
         near = [name for c in choices.values() for name in near_ones(c, candidates)]
-        chosen = {name: plans[name] for name in near}
-        latencies = bench.latencies(chosen, search, "measure the chosen plans again")
-        again = {name: weigh(ms, config.mix) for name, ms in latencies.items()}
-        pace = latency.pace(found.modelled.get(FLOAT, {}).get("latency_ms", {}), latencies[FLOAT])
+        title, mix = "measure the chosen plans again", tuple(config.mix)
+        anchored = {name: plans[name] for name in dict.fromkeys([*near, *found.anchors()])}
+        turns = bench.latencies(anchored, search, title, mix)
+        again = {name: weigh(ms, config.mix) for name, ms in turns.items()}
+        paces = found.paces(turns)
         choices = {
             name: recheck(made, again[made.plan], again[FLOAT])
             for name, choice in choices.items()
             for made in [fastest(choice, again, found.greedy)]
         }
         served = {choice.plan: plans[choice.plan] for choice in choices.values()}
+        others = [shape.name for shape in bench.shapes(search) if shape.name not in mix]
+        rest = bench.latencies(served, search, title, others) if others else {}
+        latencies = {name: {**turns[name], **rest.get(name, {})} for name in served}
         measured = {
             name: correct.measured(choice.plan, latencies[choice.plan])
             for name, choice in choices.items()
@@ -139,7 +147,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
             warnings += choice.warnings
         warnings += correct.ranks({name: choice.plan for name, choice in choices.items()})
         tiers = {
-            name: tier_files(config, bench, found, choice, measured, splits, metric, pace)
+            name: tier_files(config, bench, found, choice, measured, splits, metric, paces)
             for name, choice in choices.items()
         }
         record = {
@@ -347,11 +355,11 @@ def tier_files(
     measured: Mapping[str, Measured],
     splits: Splits,
     metric: metrics.Metric,
-    pace: Mapping[str, float],
+    paces: Mapping[str, Mapping[str, float]],
 ) -> TierFiles:
     """The plan with its provenance, and the portable weights under it.
 
-    `modelled` is what the search foretold and the pace of the machine since (see latency.pace), or
+    `modelled` is what the search foretold and the pace of the machine since (costs.foretold), or
     for SAMP's modes the latency that the choice was made with; `measured` is the one after it.
     """
     facts = measured[choice.tier]
@@ -361,7 +369,7 @@ def tier_files(
     candidate = found.candidates[choice.plan]
     modelled: dict[str, Any] = {"latency_ms": {SINGLE: candidate.latency_ms}}
     if choice.plan in found.modelled:
-        modelled = {**found.modelled[choice.plan], "pace": pace}
+        modelled = {**found.modelled[choice.plan], "pace": paces.get(choice.plan, {})}
     plan = found.plans[choice.plan].with_provenance(
         search={
             "strategy": config.strategy,

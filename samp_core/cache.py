@@ -112,6 +112,7 @@ def code_sha256() -> str:
         "checkpoint",
         "encoder",
         "latency",
+        "losses",
         "observed",
         "order",
         "pipeline",

@@ -182,6 +182,29 @@ def corrected(
     return CostTable({**table.edges, **edges}, {**table.base_ms, **base})
 
 
+def foretold(
+    table: CostTable,
+    nodes: Sequence[Node],
+    choices: Mapping[str, Choice],
+    measured: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, float]]:
+    """name -> bucket -> milliseconds by the table at the pace of the turns in which all of these
+    were measured.
+
+    A machine changes its speed from one minute to the next, and that of int8 and of fp32 not
+    alike. The other plans of the turns tell by how much; a plan's own time is left out.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, choice in choices.items():
+        others = [other for other in choices if choices[other] != choice]
+        if not others:
+            continue
+        now = {b: [measured[other][b] for other in others] for b in table.edges}
+        then = corrected(table, nodes, [choices[other] for other in others], now)
+        found[name] = {bucket: then.total(choice, bucket) for bucket in table.edges}
+    return found
+
+
 def misses(
     table: CostTable,
     nodes: Sequence[Node],
@@ -213,9 +236,9 @@ def misses(
 
 
 def _groups(node: Node) -> list[tuple[str, str]]:
-    """Of each option of a node the kind of site and the precision: what shares a factor."""
+    """Of each option of a node the kind of site and the option: what shares a factor."""
     kind = node.name.rsplit(".", 1)[1]
-    return [(kind, precision) for precision in node.precisions]
+    return [(kind, label) for label in node.labels]
 
 
 def _factors(

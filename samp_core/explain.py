@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samp_core.chain import chain, choice_of
+from samp_core.chain import VARIANTS, Variant, chain, choice_of
 from samp_core.costs import CostTable
 from samp_core.errors import SampError
 from samp_core.latency import foretold
@@ -83,8 +83,8 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
 
 def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
     """What quantization brings and what the sites kept in float would."""
-    quantized = [site for site in sites if site["precision"] in QUANTIZED]
-    kept = [site for site in sites if site["precision"] not in QUANTIZED]
+    quantized = [site for site in sites if site["precision"] in (*QUANTIZED, *VARIANTS)]
+    kept = [site for site in sites if site not in quantized]
     if not sites:
         return []
     return [
@@ -95,9 +95,14 @@ def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
     halves = search.get("halves", ())
+    variants = {
+        site: [Variant(label, Recipe(**recipe), 1.0) for label, recipe in some]
+        for site, some in (search.get("variants") or {}).items()
+    }
     nodes = chain(
-        plan.layers, search["quantizable"], Recipe(), halves, search.get("fp8") or (), Recipe()
-    )
+        plan.layers, search["quantizable"], Recipe(), halves, search.get("fp8") or (), Recipe(),
+        variants,
+    )  # fmt: skip
     plain = int(bool(halves))  # int8 is held against fp16 where the device has it
     table = CostTable(
         {bucket: found["edges"] for bucket, found in search["costs"].items()},
@@ -115,13 +120,13 @@ def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
     whole = table.total([0] * len(nodes), bucket)
     made = []
     for index, node in enumerate(nodes):
-        ran = node.precisions[choice[index]]
-        quantized = ran if ran in QUANTIZED else node.precisions[-1]
+        ran = node.labels[choice[index]]
+        quantized = ran if ran in (*QUANTIZED, *VARIANTS) else node.labels[-1]
         key = (node.name, quantized)
         if key not in scores:
             continue
         changed, without = list(choice), list(choice)
-        changed[index], without[index] = node.precisions.index(quantized), plain
+        changed[index], without[index] = node.labels.index(quantized), plain
         saves = table.total(without, bucket) - table.total(changed, bucket)
         facts = {
             "site": node.name,
@@ -142,7 +147,7 @@ def _why(quantized: str, facts: Mapping[str, Any], share: float, count: int) -> 
         "" if facts["measured"] else ", not measured but estimated"
     )
     saving = f"{facts['saves_ms']:.3f} ms ({100 * share:.1f}% of float)"
-    if facts["precision"] in QUANTIZED:
+    if facts["precision"] in (*QUANTIZED, *VARIANTS):
         if facts["saves_ms"] <= 0.0:
             return f"{facts['precision']} though it saves nothing by the table; it loses {loss}"
         return f"{facts['precision']}: saves {saving}, loses {loss}"

@@ -18,7 +18,7 @@ def everywhere(base: Plan, nodes: Sequence[Node], precision: str) -> Plan:
     """
     choice = [
         names.index(precision) if precision in names else int(names[:2][-1] in HALVES)
-        for names in (node.precisions for node in nodes)
+        for names in (node.labels for node in nodes)
     ]
     return replace(plan_of(base, nodes, choice), mode=precision)
 

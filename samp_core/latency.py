@@ -89,17 +89,8 @@ def measure(
     return {name: float(np.median(values)) for name, values in samples.items()}
 
 
-def pace(told: Mapping[str, float], again: Mapping[str, float]) -> dict[str, float]:
-    """By bucket, how much slower than foretold one plan was when all were measured again.
-
-    Between the two lie minutes in which a machine changes its speed. Taken of float's plan, which
-    always runs, it tells that apart from what the model gets wrong of the others.
-    """
-    return {bucket: again[bucket] / ms for bucket, ms in told.items() if again.get(bucket)}
-
-
 def foretold(modelled: Mapping[str, Any]) -> dict[str, float]:
-    """The latencies of a plan's `modelled` at the pace of the turns that measured it."""
+    """The latencies of a plan's `modelled` at the pace of the turns that measured it (costs.py)."""
     at = modelled.get("pace", {})
     told = modelled.get("latency_ms", {})
     return {bucket: ms * at.get(bucket, 1.0) for bucket, ms in told.items()}

@@ -1,9 +1,10 @@
 """Which recipe each site gets: compared by what it does to a site's output, then to the model's.
 
 `auto` makes a plan with each site's own best calibrator, one with scales per token where they lose
-less, one with these or split outliers at the dearest sites (or everywhere, where no site is dear
-and all are), and puts them beside every uniform recipe on search rows. The least KL + rate *
-milliseconds wins: what costs time has to bring more than that time buys elsewhere.
+less, one with these or split outliers at the dearest sites and one with them everywhere, and puts
+them beside every uniform recipe on search rows. The least KL + rate * milliseconds wins: what costs
+time has to bring more than that time buys elsewhere. Other recipes of a site stay with `milp` as
+variants, to choose among one by one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from samp_kernels.interface import GEMM_SITES
 
-from samp_core import calibrate
+from samp_core import calibrate, chain
 from samp_core.config import BuildConfig
 from samp_core.errors import UsageError
-from samp_core.plan import TOKEN_SITES, Plan, Recipe, Recipes, mode_plan
+from samp_core.plan import TOKEN_SITES, Plan, Recipe, Recipes, input_scale, mode_plan
 from samp_core.rows import Rows, make_rows
 from samp_core.site_errors import Errors, measured_errors
 from samp_core.workbench import Split, Workbench, versions
@@ -31,14 +33,12 @@ PER_SITE = "per site"
 PER_TOKEN = "per site and token"
 DEAR = "per site, token or outliers where dear"
 EVERYWHERE = "per site, token or outliers everywhere"
+SPLIT = Recipe(calibrator="mse", outliers=8)
+"""The recipe of the variant chain.SPLIT."""
 UNCOMPARED = Recipe(calibrator="percentile", percentile=99.99)
 """What every site gets where there was no time to compare anything."""
 SAVING = 0.03
 """Share of the whole cost that a token scale or split channels have to take off at a site."""
-
-SPREAD = 0.1
-"""Token scales and outliers everywhere are tried where they leave at most this share of what they
-leave at dear sites alone: a model whose loud channels run through all of its layers."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,7 @@ def _int8(
     if extra:
         dear = {**made, **where_dear(errors, static, extra, SAVING)}
         found[DEAR] = dear
-        every = {**made, **where_dear(errors, static, extra, 0.0)}
-        options = {**static, **extra}
-        if cost(errors, every, options) <= SPREAD * cost(errors, dear, options):
-            found[EVERYWHERE] = every
+        found[EVERYWHERE] = {**made, **where_dear(errors, static, extra, 0.0)}
     if config.activation == "token":
         sites = dict.fromkeys(token_sites(list(made)), extra[TOKEN])
         found, static = {PER_TOKEN: {**made, **sites}}, {}
@@ -165,6 +162,48 @@ def _int8(
         "left_out": trials.left_out,
     }
     return Chosen(best.recipes, with_scales(base, ranges, best.recipes), record)
+
+
+def variants(
+    config: BuildConfig,
+    bench: Workbench,
+    calibration: Split,
+    full: Plan,
+    record: Mapping[str, Any],
+) -> tuple[dict[str, list[chain.Variant]], Plan]:
+    """What `milp` may run at each GEMM beside its main recipe, by full name, and the plan with all
+    their channels: more outliers, and where the recipe costs time a static scale without any.
+
+    record: of `choose`. None where recipes were asked for or nothing was compared.
+    """
+    able = ("gemm", "outliers", "") in bench.backend.capabilities()
+    errors: Errors = record.get("errors", {})
+    if not able or not errors or config.calibrator != "auto" or config.activation != "auto":
+        return {}, full
+    main = {
+        site: entry.recipe
+        for site, entry in full.sites.items()
+        if entry.precision == "int8" and entry.recipe and site.rsplit(".", 1)[1] in GEMM_SITES
+    }
+    ranges = bench.ranges(calibration)
+    found: dict[str, list[chain.Variant]] = {site: [] for site in main}
+    channels = dict(full.outliers)
+    static = per_site(errors, uniform())
+    for label, recipes in (
+        (chain.SPLIT, {s: SPLIT for s, r in main.items() if r.outliers < SPLIT.outliers}),
+        (chain.PLAIN, {s: static[s] for s, r in main.items() if costly(r)}),
+    ):
+        scales = calibrate.scales(ranges, recipes)
+        channels |= calibrate.outliers(ranges, recipes)
+        for site, recipe in recipes.items():
+            scale = scales[input_scale(site, "int8")]
+            found[site].append(chain.Variant(label, recipe, scale))
+    return found, replace(full, outliers=channels)
+
+
+def costly(recipe: Recipe) -> bool:
+    """Whether it takes more time than a static scale."""
+    return recipe.outliers > 0 or recipe.activation == "token"
 
 
 def stopped_note(record: Mapping[str, Any]) -> list[str]:
@@ -215,12 +254,6 @@ def where_dear(
         if name is not None and best[site] - each[name] > least:
             found[site] = extra[name]
     return found
-
-
-def cost(errors: Errors, chosen: Mapping[str, Recipe], options: Mapping[str, Recipe]) -> float:
-    """What the sites cost together under these of the options, in nats a row."""
-    names = {recipe: name for name, recipe in options.items()}
-    return sum(errors[site][names[recipe]] for site, recipe in chosen.items())
 
 
 def token_sites(sites: Sequence[str]) -> list[str]:

@@ -15,8 +15,10 @@ from samp_core.milp import Solution
 
 HOPELESS = 0.1
 """A plan is not timed if another is safer and, as modelled, faster by more than this share."""
-SAFER = 0.5
-"""A plan stands in for a step of another strategy with at most this part of its KL."""
+SAFER = 0.8
+"""A plan stands in for a step of another strategy with at most this part of its KL,"""
+FASTER = 0.02
+"""and where it is faster by more than this share of its time."""
 CLEARLY = 0.05
 """What a plan is faster by, as a share of the other's time, that a clock does not make up."""
 
@@ -72,16 +74,20 @@ def alone(candidates: Sequence[Candidate], ms: Mapping[str, float], cut: bool = 
 def stand_ins(
     steps: Iterable[tuple[float, float]], stairs: Sequence[Solution], rest_ms: float
 ) -> list[Solution]:
-    """The fastest stairs that may stand in for steps of a loss and milliseconds, each once.
+    """The stairs that may stand in for steps of a loss and milliseconds, each once.
 
-    rest_ms: what a pass costs beside the edges of the stairs.
+    Of each step the safest and the fastest: what a plan really loses is known when it has been
+    looked at. rest_ms: what a pass costs beside the edges of the stairs.
     """
-    found = []
+    found: list[Solution] = []
     for loss, ms in steps:
-        able = [stair for stair in stairs if stair.loss <= SAFER * loss]
-        best = min(able, key=lambda stair: stair.cost, default=None)
-        if best is not None and best.cost + rest_ms < (1.0 - CLEARLY) * ms:
-            found.append(best)
+        able = [
+            stair
+            for stair in stairs
+            if stair.loss <= SAFER * loss and stair.cost + rest_ms < (1.0 - FASTER) * ms
+        ]
+        able.sort(key=lambda stair: stair.loss)
+        found += [*able[:1], *able[-1:]]
     return list(dict.fromkeys(found))
 
 
@@ -97,8 +103,8 @@ def sequence(
 ) -> list[Candidate]:
     """The plans to verify so as not to serve a slower one than the strategy by itself would.
 
-    Its very sequence: any other test might fail where its own pass. A candidate stands in for a
-    step only where it is faster by more than CLEARLY and its KL, measured, at most SAFER of the
+    Its very sequence: any other test might fail where its own pass. For a step stands in the safest
+    candidate that is faster by more than FASTER and has a KL, measured, of at most SAFER of the
     step's; steps that are then no faster than what comes before them are left out. Behind the
     last the fastest candidate follows, where that is clearly faster. Where the strategy's search
     was cut, candidates safer than its first step come before it; where it has no
@@ -120,9 +126,9 @@ def sequence(
         better = [
             c
             for c in able_now.values()
-            if c.kl <= SAFER * step.kl and c.latency_ms < (1.0 - CLEARLY) * step.latency_ms
+            if c.kl <= SAFER * step.kl and c.latency_ms < (1.0 - FASTER) * step.latency_ms
         ]
-        taken = min(better, key=lambda c: c.latency_ms, default=step)
+        taken = min(better, key=lambda c: c.kl, default=step)
         if not chosen or taken.latency_ms < chosen[-1].latency_ms:
             chosen.append(taken)
     fastest = own[-1]

@@ -6,34 +6,32 @@ are timed whole, so that the model of the device proposes and the device decides
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from samp_core import allocate, costs, halves, milp, recipes, rivals, sensitivity
+from samp_core import allocate, costs, halves, losses, milp, recipes, rivals, sensitivity
 from samp_core.allocate import Candidate
 from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
-from samp_core.chain import Node, chain, choice_of, plan_of
+from samp_core.chain import Node, Variant, chain, choice_of, plan_of
 from samp_core.config import BuildConfig
 from samp_core.metrics import Metric
 from samp_core.modes import correlations, layer_order, modes
 from samp_core.plan import Plan, SitePlan
-from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench
 
 LOOKS = 16
 """Plans of one staircase that are run over the search split."""
-RIVALS = 12
+RIVALS = 8
 """Plans that are because they may stand in for a step of greedy's."""
 STAMPING = 0.15
 """Share of the time left that time stamps may take."""
-SENSITIVITY = 0.5
-"""Share of the time left after that for measuring sites; the rest is for looking at plans."""
-SHARES = (1.0, 0.85, 0.7, 0.4)
+ANCHORS = 3
+"""Plans that tell the pace of the machine when those served are measured again, less one."""
+SHARES = (1.0, 0.85, 0.7)
 """Parts of a promise that the predicted bounds of its candidates shall reach."""
 
 
@@ -50,6 +48,30 @@ class Found:
     record: dict[str, Any] = field(default_factory=dict)
     greedy: rivals.Found | None = None
     """What greedy's search would have found by itself, where it is followed."""
+    table: costs.CostTable | None = None
+    """What modelled latencies are foretold by, and of what nodes."""
+    nodes: tuple[Node, ...] = ()
+
+    def anchors(self) -> list[str]:
+        """Plans between the slowest and the fastest that tell the pace of later turns."""
+        if self.table is None:
+            return []
+        timed = [c for c in self.candidates.values() if c.timed]
+        low, high = (end(c.latency_ms for c in timed) for end in (min, max))
+        wanted = [low + (high - low) * place / ANCHORS for place in range(ANCHORS + 1)]
+        near = (min(timed, key=lambda c: abs(c.latency_ms - ms)).name for ms in wanted)
+        return list(dict.fromkeys(near))
+
+    def paces(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+        """name -> bucket -> how much slower than modelled it is in these turns, by the others."""
+        if self.table is None:
+            return {}
+        choices = {name: choice_of(self.plans[name], self.nodes) for name in measured}
+        told = costs.foretold(self.table, self.nodes, choices, measured)
+        return {
+            name: {b: ms / self.modelled[name]["latency_ms"][b] for b, ms in each.items()}
+            for name, each in told.items()
+        }
 
 
 class Search:
@@ -64,19 +86,21 @@ class Search:
         metric: Metric,
         rows_to_come: int,
         clock: Clock,
+        variants: Mapping[str, Sequence[Variant]] | None = None,
     ) -> None:
-        """full: the plan in which every site that can be is quantized, with its recipes."""
+        """full: the plan in which every site that can be is quantized, with its recipes.
+
+        variants: other int8 options of GEMMs, whose channels `full` names.
+        """
         self._config, self._bench, self._full = config, bench, full
+        self._variants = variants or {}
         self._split, self._metric, self._n, self._clock = split, metric, rows_to_come, clock
         self._base = replace(full, mode=None)
         self._recipes = {site: e.recipe for site, e in full.sites.items() if e.recipe}
         self._fp8 = recipes.fp8_recipe(config)
         self.halves: tuple[str, ...] = bench.halves()
         self.nodes: tuple[Node, ...] = self._chain(self.halves)
-        self.scores: dict[str, Score] = {}
-        """Of the main quantized precision; `more` has those of the others."""
-        self.more: dict[str, dict[str, Score]] = {}
-        self.losses: list[list[float]] = []
+        self.lost = losses.Losses()
         self.table: costs.CostTable | None = None
         self._stamped: costs.CostTable | None = None
         self._misses: dict[str, dict[str, float]] = {}
@@ -112,8 +136,11 @@ class Search:
             )
             self._stamped = self.table
         if strategy != "samp" or order == "sensitivity":
-            self._score(measured=strategy != "samp")
-        layers = layer_order(order, self._full.layers, self.scores)
+            self.lost = losses.measured(
+                self._bench, base, self._float, nodes, self.halves, self._split, self._clock,
+                self._config.budget_s, strategy,
+            )  # fmt: skip
+        layers = layer_order(order, self._full.layers, self.lost.scores)
         rest = SitePlan(self.halves[0]) if self.halves else float_site
         self.modes = modes(self._full, layers, "" if order == "first" else order, rest)
         named = {**self.modes, **self.baselines}
@@ -130,6 +157,7 @@ class Search:
         self._found.record = {"order": order, "layers": layers} if strategy == "samp" else {}
         if self.table is not None:
             self._found.record = self._record(self.table)
+        self._found.table, self._found.nodes = self.table, self.nodes
         return self._found
 
     def _to_come(self) -> float:
@@ -138,55 +166,20 @@ class Search:
         Each promise tests about three plans that take 0.7 of float's time; the plans served are
         timed in three sizes, about 600 rows each, and all candidates once more.
         """
-        bench = self._bench
-
-        def pace() -> float:
-            session, batch = bench.session(self._float), bench.shapes(self._split)[-1].batch
-            session.run(batch, output=bench.head.encoder_output)
-            begin = time.perf_counter()
-            session.run(batch, output=bench.head.encoder_output)
-            return (time.perf_counter() - begin) / (len(batch.cu_seqlens) - 1)
-
-        row_s = float(bench.cache.json("pace", bench.key(self._float, self._split), pace))
+        row_s = losses.row_seconds(self._bench, self._float, self._split)
         tiers = len(self._config.tiers)
         rows = self._n * (1.0 + 2.1 * len(self._drop_limits)) + 600.0 * (1 + tiers) + 2000.0
         return row_s * rows + 2.0
 
     def _chain(self, halves: Sequence[str]) -> tuple[Node, ...]:
         int8, fp8 = self._bench.quantizable(), self._bench.quantizable("fp8")
-        return chain(self._full.layers, int8, self._recipes, halves, fp8, self._fp8)
+        return chain(self._full.layers, int8, self._recipes, halves, fp8, self._fp8, self._variants)
 
     def _others(self) -> tuple[str, ...]:
         """Quantized precisions beside the one that the modes are made of."""
         return self._bench.narrow()[1:]
 
     # measuring
-
-    def _score(self, measured: bool) -> None:
-        """Cheap scores of every node, and the KL of those that the clock allows."""
-        bench, split = self._bench, self._split
-        every = self._config.strategy == "lower-loss"
-        rows = len(split.encodings) if every else sensitivity.CHEAP_ROWS
-        made: dict[str, dict[str, Score]] = {}
-        share = SENSITIVITY / max(len(bench.narrow()), 1)
-        for place, precision in enumerate(bench.narrow()):
-            nodes = [node.up_to(precision) for node in self.nodes]
-            scores = sensitivity.cheap_scores(bench, self._base, nodes, split, rows)
-            if measured:
-                order = sorted(scores, key=lambda name: -scores[name].cheap)
-                stop = self._clock.part(share / (1.0 - place * share))
-                found = sensitivity.measured_kl(bench, self._base, nodes, split, order, stop)
-                scores = sensitivity.with_kl(scores, found)
-            made[precision] = scores
-        rest = halves.losses(bench, self._float, self.nodes, self.halves, split)
-        known = dict(zip(self.halves, rest, strict=True))
-        kl = {precision: sensitivity.estimated(scores) for precision, scores in made.items()}
-        self.losses = [
-            [kl[p][node.name] if p in kl else known.get(p, 0.0) for p in node.precisions]
-            for node in self.nodes
-        ]
-        self.more = made
-        self.scores = self.more.pop(bench.narrow()[0], {}) if made else {}
 
     def _logits(self, name: str) -> Any:
         title = f"search: {name}" + (f" ({self._front()})" if name not in self.modes else "")
@@ -226,13 +219,17 @@ class Search:
         assert self.table is not None
         choice = choice_of(plan, self.nodes)
         latency = {bucket: self.table.total(choice, bucket) for bucket in self.table.edges}
-        return {"latency_ms": latency, "kl": milp.lost(self.losses, choice)}
+        return {"latency_ms": latency, "kl": milp.lost(self.lost.table, choice)}
 
     def _weigh(self, ms: Mapping[str, float]) -> float:
         return costs.weigh(ms, self._config.mix)
 
     def _bound(self, candidate: Candidate) -> float:
         return allocate.predicted_bound(candidate, self._n, self._config.alpha)
+
+    def _safe(self, promise: float) -> float:
+        exact = self._found.candidates[FLOAT]
+        return allocate.safe_bound(exact, promise, self._n, self._config.alpha)
 
     def _fits(self, limit: float, candidate: Candidate) -> bool:
         return self._bound(candidate) <= limit
@@ -341,7 +338,7 @@ class Search:
         """Looks at so many new stairs at most, near promises and ceilings, then follows greedy."""
         assert self.table is not None
         edges = self.table.weighted(self._config.mix)
-        self.stairs = milp.staircase(edges, self.losses)
+        self.stairs = milp.staircase(edges, self.lost.table)
         left = most
 
         def look(index: int) -> Candidate | None:
@@ -352,9 +349,9 @@ class Search:
                 return None
             return self._look(f"milp-{plan.key()[:8]}", plan)
 
-        for share in SHARES:
-            for promise in self._drop_limits:
-                allocate.last_fit(len(self.stairs), look, partial(self._fits, share * promise))
+        limits = [share * promise for share in SHARES for promise in self._drop_limits]
+        for limit in [*limits, *map(self._safe, self._drop_limits)]:
+            allocate.last_fit(len(self.stairs), look, partial(self._fits, limit))
         ceilings = {s.latency for s in self._config.tiers.values() if s.latency is not None}
         base = self._weigh(self.table.base_ms)
         total = sum(self._config.mix.values())
@@ -386,7 +383,7 @@ class Search:
 
     def _path(self) -> list[tuple[str, tuple[int, ...]]]:
         """Greedy's: names and choices."""
-        kl = sensitivity.estimated(self.scores)
+        kl = sensitivity.estimated(self.lost.scores)
         return rivals.reverted(kl, self.nodes, int(bool(self.halves)))  # to fp16 where it is there
 
     def _greedy(self) -> list[str]:
@@ -395,7 +392,7 @@ class Search:
         As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline. The
         plans looked at.
         """
-        enough = SHARES[-1] * min(self._drop_limits, default=0.0)
+        enough = self._safe(min(self._drop_limits, default=0.0))
         names = []
         for name, choice in self._path():
             made = self._look(name, plan_of(self._base, self.nodes, choice))
@@ -414,7 +411,7 @@ class Search:
         """
         helpful = {
             name: score.signed_whole
-            for name, score in self.scores.items()
+            for name, score in self.lost.scores.items()
             if score.signed_whole is not None and score.signed_whole < 0.0
         }
         order = sorted(helpful, key=lambda name: helpful[name])
@@ -462,13 +459,16 @@ class Search:
             "quantizable": self._bench.quantizable(),
             "fp8": self._bench.quantizable("fp8"),
             "halves": self.halves,
-            "nodes": len(self.scores),
-            "measured": sum(score.kl is not None for score in self.scores.values()),
-            "rank_correlation": correlations(self.scores.values()),
-            "sites": sensitivity.listed(self.scores),
-            "more": {
-                precision: sensitivity.listed(scores) for precision, scores in self.more.items()
+            "nodes": len(self.lost.scores),
+            "rows": self.lost.rows,
+            "variants": {
+                site: [[v.label, asdict(v.recipe)] for v in some]
+                for site, some in self._variants.items()
             },
+            "measured": sum(score.kl is not None for score in self.lost.scores.values()),
+            "rank_correlation": correlations(self.lost.scores.values()),
+            "sites": sensitivity.listed(self.lost.scores),
+            "more": {label: sensitivity.listed(scores) for label, scores in self.lost.more.items()},
             "costs": {
                 bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets

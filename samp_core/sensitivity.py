@@ -20,6 +20,7 @@ from samp_core.heads import softmax_divergence
 from samp_core.pipeline import batches
 from samp_core.plan import Plan, Recipe, input_scale
 from samp_core.quantize import quantize_weight, restored, without
+from samp_core.text import Encoding
 from samp_core.workbench import Split, Workbench
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Score:
     standard error over rows (arXiv 2207.10083, section 3). signed_whole: the same of its output,
     so with the error of its weights. fisher: half the mean squared product of its output's error
     with the Fisher information's root, the second-order KL. sqnr_db: its output's signal to noise.
-    kl: measured; None where the budget did not reach it.
+    kl: measured; None where the budget did not reach it. precision: or a variant's label.
     """
 
     node: str
@@ -59,23 +60,30 @@ class Score:
 
 
 def cheap_scores(
-    bench: Workbench, base: Plan, nodes: Sequence[Node], split: Split, rows: int = CHEAP_ROWS
-) -> dict[str, Score]:
-    """Scores without `kl` of every node with a choice, by name; `base` carries the scales.
+    bench: Workbench,
+    base: Plan,
+    nodes: Sequence[Node],
+    labels: Sequence[str],
+    split: Split,
+    rows: int = CHEAP_ROWS,
+) -> dict[str, dict[str, Score]]:
+    """Scores without `kl`: label of an option -> node that has it -> score.
 
-    Over so many rows, evenly spread.
+    Over so many rows, evenly spread; `base` carries the scales. One pass for all.
     """
-    movable = [node for node in nodes if node.quantizable]
-    if not movable:
-        return {}
+    options = [node.up_to(label) for label in labels for node in nodes if label in node.labels]
+    found: dict[str, dict[str, Score]] = {label: {} for label in labels}
+    if not options:
+        return found
 
     def make() -> list[dict[str, Any]]:
-        return [asdict(score) for score in _Cheap(bench, base, movable).over(split, rows)]
+        return [asdict(score) for score in _Cheap(bench, base, options).over(split, rows)]
 
     everything = plan_of(base, nodes, [len(node.options) - 1 for node in nodes])
-    key = bench.key(everything, split) | {"rows": rows}
-    made = [Score(**fields) for fields in bench.cache.json("cheap", key, make)]
-    return {score.node: score for score in made}
+    key = bench.key(everything, split) | {"rows": rows, "labels": list(labels)}
+    for fields in bench.cache.json("cheap", key, make):
+        found[fields["precision"]][fields["node"]] = Score(**fields)
+    return found
 
 
 def measured_kl(
@@ -85,18 +93,24 @@ def measured_kl(
     split: Split,
     order: Sequence[str],
     stop: Callable[[], bool] = lambda: False,
+    rows: int | None = None,
 ) -> dict[str, float]:
-    """KL of each node alone, in that order of names until `stop`; what is cached costs nothing."""
+    """KL of each node alone, in that order of names until `stop`; what is cached costs nothing.
+
+    Over so many of the split's pieces, evenly spread; None for all.
+    """
     by_name = {node.name: node for node in nodes}
     float_plan = plan_of(base, nodes, [0] * len(nodes))
-    prefixes = _Prefixes(bench, float_plan, split)
+    every = bench.pieces(split)
+    places = np.linspace(0, len(every) - 1, min(rows or len(every), len(every))).astype(int)
+    prefixes = _Prefixes(bench, float_plan, [every[place] for place in places.tolist()])
     step = bench.progress("sensitivity: one site at a time", len(order))
     found: dict[str, float] = {}
     for name in order:
         node = by_name[name]
         last = len(node.options) - 1
         plan = plan_of(base, nodes, [last * (other.name == name) for other in nodes])
-        key = bench.key(plan, split) | {"kept_bytes": KEPT_BYTES}
+        key = bench.key(plan, split) | {"kept_bytes": KEPT_BYTES, "rows": len(places)}
         if not stop() or bench.cache.has("kl", key):
             found[name] = float(bench.cache.json("kl", key, lambda: prefixes.kl(plan, node)))  # noqa: B023
         step()
@@ -113,17 +127,26 @@ def estimated(scores: Mapping[str, Score]) -> dict[str, float]:
     }
 
 
+def beside(scores: Mapping[str, Score], others: Mapping[str, Score]) -> dict[str, float]:
+    """KL of every node of `others` in another option than that of `scores`, not measured itself.
+
+    It differs from that one's as the cheap scores of the two do.
+    """
+    known = estimated(scores)
+    return {name: known[name] * score.cheap / scores[name].cheap for name, score in others.items()}
+
+
 def with_kl(scores: Mapping[str, Score], found: Mapping[str, float]) -> dict[str, Score]:
     return {name: replace(score, kl=found.get(name)) for name, score in scores.items()}
 
 
 class _Prefixes:
-    """The float model's hidden states before every layer, over a split; made when first needed."""
+    """The float model's hidden states before every layer, over texts; made when first needed."""
 
-    def __init__(self, bench: Workbench, plan: Plan, split: Split) -> None:
+    def __init__(self, bench: Workbench, plan: Plan, encodings: Sequence[Encoding]) -> None:
         self._bench = bench
         self._plan = plan
-        self._split = split
+        self._encodings = encodings
         self._starts: list[list[LayerInput]] = []
         self._places: Array = np.empty(0, int)
         self._reference: F32 | None = None
@@ -137,7 +160,7 @@ class _Prefixes:
         return self._bench.divergence(self._reference, self._logits(plan, node.layer))
 
     def _begin(self) -> list[list[LayerInput]]:
-        packed = batches(self._bench.pieces(self._split))
+        packed = batches(self._encodings)
         packed = even_share(packed, self._bench.checkpoint.config)
         self._places = np.argsort(np.concatenate([places for _, places in packed]))
         session = self._bench.loop_session(self._plan)
@@ -171,7 +194,7 @@ def even_share(packed: Sequence[tuple[Batch, Array]], config: Any) -> list[tuple
 
 
 class _Cheap:
-    """Sums over rows for the scores of every node."""
+    """Sums over rows for the scores of nodes, each in its last option."""
 
     def __init__(self, bench: Workbench, base: Plan, nodes: Sequence[Node]) -> None:
         import torch
@@ -187,8 +210,8 @@ class _Cheap:
         own = bench.head.divergence is not softmax_divergence
         self._head = torch_encoder.as_tensors({} if own else bench.head_weights or inside)
         self._generator = torch.Generator().manual_seed(0)
-        self._rows: dict[tuple[str, str], list[Array]] = {}
-        self._power = {node.name: np.zeros(2) for node in nodes}
+        self._rows: dict[tuple[int, str], list[Array]] = {}
+        self._power = [np.zeros(2) for _ in nodes]
 
     def over(self, split: Split, rows: int) -> list[Score]:
         pieces = self._bench.pieces(split)
@@ -200,15 +223,15 @@ class _Cheap:
         for batch, group in packed:
             self._batch(batch, None if labels is None else labels[group])
             step()
-        return [self._score(node) for node in self._nodes]
+        return [self._score(place) for place in range(len(self._nodes))]
 
     def _batch(self, batch: Batch, labels: Array | None) -> None:
         torch = self._torch
         config, output = self._bench.checkpoint.config, self._bench.head.encoder_output
         feature, taps = self._encoder.forward(self._tensors, config, batch, output)
         by_name = {tap.name: tap for tap in taps}
-        chosen = [by_name[node.name] for node in self._nodes]
-        outputs = [tap.y for tap in chosen]
+        names = list(dict.fromkeys(node.name for node in self._nodes))
+        outputs = [by_name[name].y for name in names]
         gradients: dict[str, Sequence[Tensor]] = {}
         logits = self._encoder.head_logits(self._head, feature)
         if logits is not None:
@@ -225,22 +248,23 @@ class _Cheap:
         lengths = torch.from_numpy(np.diff(batch.cu_seqlens).astype(np.int64))
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         with torch.no_grad():
-            for place, (node, tap) in enumerate(zip(self._nodes, chosen, strict=True)):
+            for place, node in enumerate(self._nodes):
+                tap, output_place = by_name[node.name], names.index(node.name)
                 whole, from_input = self._errors(node, tap, batch)
-                self._power[node.name] += [float((tap.y**2).sum()), float((whole**2).sum())]
+                self._power[place] += [float((tap.y**2).sum()), float((whole**2).sum())]
                 for kind, error in (
                     ("fisher", whole), ("signed", from_input), ("signed_whole", whole),
                 ):  # fmt: skip
                     found = gradients.get(kind.removesuffix("_whole"))
                     if found is not None:
                         each = torch.zeros(len(lengths), dtype=torch.float64)
-                        each.index_add_(0, row, (found[place] * error).sum(1).double())
-                        self._rows.setdefault((node.name, kind), []).append(each.numpy())
+                        each.index_add_(0, row, (found[output_place] * error).sum(1).double())
+                        self._rows.setdefault((place, kind), []).append(each.numpy())
 
     def _errors(self, node: Node, tap: Tap, batch: Batch) -> tuple[Tensor, Tensor]:
         """The error of the node's quantized output, and the part of it that its input makes."""
-        scales, option = self._base.scales, node.options[-1]
-        precision = node.precisions[-1]
+        option, precision = node.options[-1], node.precisions[-1]
+        scales = {**self._base.scales, **node.scales(len(node.options) - 1)}
         round8 = self._encoder.ROUNDED[precision]
         if len(node.sites) > 1:
             scores, context = node.sites
@@ -274,19 +298,19 @@ class _Cheap:
         from_input = (x - tap.x) @ weight.T
         return from_input + x @ (stored - weight).T, from_input
 
-    def _score(self, node: Node) -> Score:
+    def _score(self, place: int) -> Score:
         def mean(kind: str) -> tuple[float | None, float | None]:
-            if (node.name, kind) not in self._rows:
+            if (place, kind) not in self._rows:
                 return None, None
-            values = np.concatenate(self._rows[node.name, kind])
+            values = np.concatenate(self._rows[place, kind])
             return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
-        signal, noise = self._power[node.name]
-        rows = self._rows.get((node.name, "fisher"))
+        signal, noise = self._power[place]
+        rows = self._rows.get((place, "fisher"))
         squares = None if rows is None else float(0.5 * (np.concatenate(rows) ** 2).mean())
         return Score(
-            node.name,
-            node.precisions[-1],
+            self._nodes[place].name,
+            self._nodes[place].labels[-1],
             squares,
             float(10.0 * np.log10(signal / max(noise, 1e-300))),
             *mean("signed"),

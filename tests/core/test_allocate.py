@@ -160,7 +160,8 @@ def test_the_sequence(
     assert bool(sequence) == bool(best)
     if not best:
         return
-    safe = [p for p in best if bound(p) <= SAFE * promise]
+    least = min(bound(FLOAT), promise)
+    safe = [p for p in best if bound(p) <= least + SAFE * (promise - least)]
     assert sequence[0] == (safe[-1] if safe else best[0])
     assert sequence[-1] == best[-1], "a failure of the last costs nothing"
     for slow, fast in pairwise(sequence[:-1]):

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from separable import small
 
 from samp_core import costs
 from samp_core.build import open_workbench, plan_modes, read_splits
-from samp_core.chain import chain, choice_of, plan_of
+from samp_core.chain import PLAIN, SPLIT, Variant, chain, choice_of, plan_of
 from samp_core.config import load_config
 from samp_core.costs import CostTable, covering, fit, line
-from samp_core.plan import Recipe
+from samp_core.plan import Plan, Recipe, SitePlan
 from samp_core.workbench import silent
+
+PLAN = Plan("0" * 64, {"layers": 1}, "cpu", {}, {})
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12))
@@ -190,3 +193,65 @@ def test_one_plan_tells_the_pace_alone() -> None:
     assert ratios == pytest.approx([2.0, 2.0], rel=0.02)
     # A table of what was not measured stays.
     assert costs.corrected(stamped, nodes, [], {}) == stamped
+
+
+@given(st.integers(0, 10_000), st.floats(0.8, 1.25), st.floats(0.8, 1.25))
+@settings(max_examples=25, deadline=None)
+def test_plans_are_foretold_at_the_pace_of_their_turns(
+    seed: int, floats: float, ints: float
+) -> None:
+    """Between the search and these turns fp32 and int8 change their speed, each in its own way."""
+    nodes, table, _ = planted(seed, layers=3)
+    count = len(nodes)
+
+    def now(choice: costs.Choice) -> float:
+        path = (*choice, 0)
+        rates = [(floats, ints)[option] for option in choice]
+        inside = [
+            rate * table.edges["1"][place + 1][path[place]][path[place + 1]]
+            for place, rate in enumerate(rates)
+        ]
+        return table.edges["1"][0][0][choice[0]] + sum(inside) + table.base_ms["1"]
+
+    half = tuple(int(place % 2) for place in range(count))
+    third = tuple(int(place % 3 > 0) for place in range(count))
+    choices = {"float": (0,) * count, "full": (1,) * count, "half": half, "third": third}
+    measured = {name: {"1": now(choice)} for name, choice in choices.items()}
+    found = costs.foretold(table, nodes, choices, measured)
+    for name in choices:
+        assert found[name]["1"] == pytest.approx(measured[name]["1"], rel=0.1), name
+    # Its own time is not looked at, nor that of a plan which is the same.
+    twice = {**choices, "full again": choices["full"]}
+    lied = {**measured, "full": {"1": 99.0}, "full again": {"1": 99.0}}
+    assert costs.foretold(table, nodes, twice, lied)["full"] == found["full"]
+    assert costs.foretold(table, nodes, {"float": choices["float"]}, measured) == {}
+
+
+def test_variants_in_a_chain() -> None:
+    """Options that are no precision's main one: their place, name, scale, and the plan back."""
+    site = "layer.0.out"
+    split, plain = Recipe(calibrator="mse", outliers=8), Recipe(calibrator="entropy")
+    main = Recipe(calibrator="mse", outliers=4)
+    some = {site: [Variant(SPLIT, split, 0.5), Variant(PLAIN, plain, 3.0)]}
+    kinds = ("qkv", "out", "ffn_in", "ffn_out")
+    nodes = chain(1, kinds, main, ("fp16",), (), None, some)
+    by_name = {node.name: node for node in nodes}
+    node = by_name[site]
+    assert node.labels == ("fp32", "fp16", SPLIT, PLAIN, "int8")
+    assert node.precisions == ("fp32", "fp16", "int8", "int8", "int8")
+    assert by_name["layer.0.qkv"].labels == ("fp32", "fp16", "int8")
+    assert node.up_to(SPLIT).labels == ("fp32", "fp16", SPLIT)
+    assert node.up_to("fp8").labels == ("fp32", "fp16")
+    base = replace(PLAN, scales={f"{site}.input_scale": 1.0, "layer.0.qkv.input_scale": 2.0})
+    for place, (label, scale) in enumerate(
+        zip(node.labels, (1.0, 1.0, 0.5, 3.0, 1.0), strict=True)
+    ):
+        choice = [place if n is node else len(n.options) - 1 for n in nodes]
+        plan = plan_of(base, nodes, choice)
+        assert plan.scales == {**base.scales, f"{site}.input_scale": scale}, label
+        assert choice_of(plan, nodes) == tuple(choice)
+    # A recipe that is none of them counts as the main one: plans are edited by hand.
+    edited = replace(
+        plan, sites={**plan.sites, site: SitePlan("int8", Recipe(calibrator="minmax"))}
+    )
+    assert choice_of(edited, nodes) == choice_of(plan, nodes)

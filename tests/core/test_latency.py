@@ -121,14 +121,8 @@ def test_nothing_to_measure() -> None:
         measure({}, BUCKET)
 
 
-def test_a_plan_is_foretold_at_the_pace_of_float() -> None:
-    """A machine that runs everything half as fast again makes no plan wrongly foretold."""
-    told, now = {"1": 4.0, "8": 20.0}, {"1": 6.0, "8": 30.0, "32": 99.0}
-    pace = latency.pace(told, now)
-    assert pace == {"1": 1.5, "8": 1.5}
-    assert latency.foretold({"latency_ms": {"1": 2.0, "8": 8.0}, "pace": pace}) == {
-        "1": 3.0,
-        "8": 12.0,
-    }
+def test_a_plan_is_foretold_at_the_pace_of_its_turns() -> None:
+    modelled = {"latency_ms": {"1": 2.0, "8": 8.0}, "pace": {"1": 1.5, "8": 1.5}}
+    assert latency.foretold(modelled) == {"1": 3.0, "8": 12.0}
     assert latency.foretold({"latency_ms": {"1": 2.0}}) == {"1": 2.0}, "a mode of SAMP's has none"
     assert latency.foretold({}) == {}

@@ -1,8 +1,8 @@
 """milp beside samp and greedy at equal promises: what is sure, and how often the rest holds.
 
 Sure: greedy's own steps are tested as greedy would test them, so that milp can be slower only where
-a plan that stands in for one fails, with at most half of that step's KL, though the step passes. In
-worlds of made-up rows, noise and milliseconds that is counted, and what samp serves beside.
+a plan that stands in for one fails, though that step passes and the plan has four fifths of its KL
+at most. In worlds of made-up rows, noise and milliseconds that is counted, and what samp serves.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ chances = st.lists(st.booleans(), min_size=20, max_size=20)
 def test_greedy_serves_no_faster_plan(
     own: Any, greedy: Any, promise: float, chance: Any, ceiling: float | None
 ) -> None:
-    """Whatever plans pass, if one with at most half of the KL of one that passes does, too."""
+    """Whatever plans pass, if one with less KL than one that passes does, too."""
     exact = made("float", 10.0, 0, 0)
     theirs = [made(f"greedy{i}", ms, b, c) for i, (ms, b, c) in enumerate(greedy)]
     every = [*theirs, *(made(f"milp{i}", ms, b, c) for i, (ms, b, c) in enumerate(own))]
@@ -71,7 +71,7 @@ def test_greedy_serves_no_faster_plan(
         if candidate not in steps and candidate is not ours[-1]:
             assert any(
                 candidate.kl <= rivals.SAFER * step.kl
-                and candidate.latency_ms < (1 - rivals.CLEARLY) * step.latency_ms
+                and candidate.latency_ms < (1 - rivals.FASTER) * step.latency_ms
                 for step in steps
             )
 
@@ -95,16 +95,17 @@ def test_where_greedy_ran_out_of_time_safer_plans_come_first() -> None:
 def test_a_plan_stands_in_where_it_is_clearly_faster_and_safer() -> None:
     exact, step, last = made("float", 10.0, 0, 0), made("g1", 6.0, 8, 4), made("g0", 2.0, 30, 5)
     found = rivals.Found({c.name: c for c in (exact, step, last)})
-    better = made("m", 5.0, 4, 2)
+    better = made("m", 5.0, 6, 3)
 
-    def names(candidate: Candidate) -> list[str]:
-        some = [step, last, candidate]
+    def names(*candidates: Candidate) -> list[str]:
+        some = [step, last, *candidates]
         return [c.name for c in rivals.sequence(found, some, exact, 0.02, N)]
 
     assert names(better) == ["m", "g0"]
-    assert names(replace(better, kl=better.kl * 1.01)) == ["g1", "g0"]
-    assert names(replace(better, latency_ms=5.8)) == ["g1", "g0"]
+    assert names(replace(better, kl=rivals.SAFER * step.kl * 1.01)) == ["g1", "g0"]
+    assert names(replace(better, latency_ms=5.9)) == ["g1", "g0"]
     assert names(replace(better, timed=False)) == ["g1", "g0"]
+    assert names(better, made("safer", 5.8, 3, 1)) == ["safer", "g0"], "of two the safest"
     assert names(replace(better, latency_ms=1.5)) == ["m"]
     assert names(made("f", 1.5, 40, 5)) == ["g1", "g0", "f"]
     assert names(made("f", 1.95, 40, 5)) == ["g1", "g0"]
@@ -118,8 +119,15 @@ class Passed:
 # made-up worlds
 
 
+PLAIN, SPLIT = 2, 3
+
+
 class World:
-    """Rows with a gap between two classes, nodes that add noise to it and take milliseconds."""
+    """Rows with a gap between two classes, nodes that add noise to it and take milliseconds.
+
+    A choice holds 0 for float and 1 for int8, which samp and greedy know, too; PLAIN is faster and
+    noisier, SPLIT slower and less noisy.
+    """
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = np.random.default_rng(seed)
@@ -129,6 +137,13 @@ class World:
         self.saved = self.ms * np.clip(part, -0.1, 0.85)
         scale = 10 ** rng.uniform(-1.5, -0.4) / np.sqrt(nodes)
         self.sizes = scale * rng.lognormal(0, rng.uniform(0.4, 1.2), nodes)
+        self.louder = np.sqrt(1 + rng.lognormal(np.log(rng.uniform(0.2, 2.0)), 0.5, nodes))
+        self.quieter = np.sqrt(
+            np.clip(rng.lognormal(np.log(rng.uniform(0.5, 0.9)), 0.3, nodes), 0.1, 1)
+        )
+        self.quicker, self.longer = (
+            self.ms * rng.uniform(0.01, top, nodes) for top in (0.05, 0.03)
+        )
         self.bias = rng.normal(0, rng.uniform(0, 0.3))
         self.gap = 2 * np.abs(rng.standard_normal(SEARCH + N))
         self.right = rng.random(SEARCH + N) < 1 / (1 + np.exp(-rng.uniform(0.8, 2) * self.gap))
@@ -139,13 +154,15 @@ class World:
         self._tests: dict[str, evaluate.DropTest] = {}
 
     def logits(self, choice: Any) -> Any:
-        sizes = self.sizes * choice
+        kinds = [0 * self.sizes, 1 + 0 * self.sizes, self.louder, self.quieter]
+        sizes = self.sizes * np.choose(choice.astype(int), kinds)
         z = self.gap + self.noise @ sizes - self.bias * np.sqrt((sizes**2).sum())
         return np.stack([z, np.zeros_like(z)], axis=1)
 
     def candidate(self, name: str, choice: Any) -> Candidate:
         """As the search split and a clock that errs a little show a plan."""
-        ms = 1.0 + float(self.ms.sum() - self.saved @ choice)
+        ms = 1.0 + float(self.ms.sum() - self.saved @ (choice > 0))
+        ms += float(self.longer @ (choice == SPLIT) - self.quicker @ (choice == PLAIN))
         ms *= 1.0 + self.timing * float(self.rng.standard_normal()) * bool(choice.any())
         z, right = self.logits(choice)[:SEARCH], self.right[:SEARCH]
         plain, gold = self.logits(0 * choice)[:SEARCH], np.where(right, 0, 1)
@@ -160,13 +177,11 @@ class World:
         nodes = np.arange(KINDS * LAYERS)
         layer, kind = nodes // KINDS, nodes % KINDS
         dear = np.argsort(-self.sizes)
-        cheap = np.argsort(-self.saved / self.sizes**2)  # with additive times: milp's staircase
-        cheap = cheap[self.saved[cheap] > 0]
         named = {
             "samp": [(layer < k) & (kind > 2) for k in range(1, LAYERS + 1)]
             + [layer < k for k in range(1, LAYERS + 1)],
             "greedy": [~np.isin(nodes, dear[:k]) for k in range(len(nodes))],
-            "milp": [np.isin(nodes, cheap[:k]) for k in range(1, len(cheap) + 1)],
+            "milp": self.staircase(),
         }
         found: dict[str, dict[str, Candidate]] = {}
         known: dict[bytes, Candidate] = {}
@@ -179,6 +194,25 @@ class World:
                     known[key] = self.candidate(name, self.choices[name])
                 found.setdefault(who, {})[known[key].name] = known[key]
         return found
+
+    def staircase(self) -> list[Any]:
+        """With additive times and losses: step by step what saves most for its loss."""
+        saves = [0 * self.saved, self.saved - self.longer, self.saved, self.saved + self.quicker]
+        sizes = [0 * self.sizes, self.sizes * self.quieter, self.sizes, self.sizes * self.louder]
+        options = np.array([0, SPLIT, 1, PLAIN])
+        place = np.zeros(len(self.saved), int)
+        found = []
+        while True:
+            steps = [
+                ((saves[to][i] - saves[at][i]) / (sizes[to][i] ** 2 - sizes[at][i] ** 2), i, to)
+                for i, at in enumerate(place.tolist())
+                for to in range(at + 1, 4)
+            ]
+            best, node, to = max(steps, default=(0.0, 0, 0))
+            if best <= 0.0:
+                return found
+            place[node] = to
+            found.append(options[place])
 
     def served(self, sequence: Sequence[Candidate], promise: float) -> float:
         """Milliseconds of what the verification rows let pass."""
@@ -229,6 +263,7 @@ def test_in_worlds_of_noise_it_is_hardly_ever_slower() -> None:
         f"{np.mean(milp < best - 1e-9):.3f}; mean of float's time: milp {milp.mean():.3f}, samp "
         f"{samp.mean():.3f}, greedy {greedy.mean():.3f}, its own steps {alone.mean():.3f}"
     )
-    assert np.mean(milp > greedy + 1e-9) <= 0.02
-    assert np.mean(milp > best + 1e-9) < 0.5 * np.mean(alone > best + 1e-9)
-    assert milp.mean() <= min(samp.mean(), greedy.mean())
+    assert np.mean(milp > greedy + 1e-9) <= 0.08
+    assert np.mean(milp > best + 1e-9) < 0.75 * np.mean(alone > best + 1e-9)
+    assert np.mean(milp < best - 1e-9) >= 0.5, "faster than both in most"
+    assert milp.mean() <= 0.95 * min(samp.mean(), greedy.mean())

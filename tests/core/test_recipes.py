@@ -12,9 +12,10 @@ from separable import small
 
 from samp_core import calibrate, recipes
 from samp_core.build import open_workbench, read_splits
+from samp_core.chain import PLAIN, SPLIT
 from samp_core.config import load_config
 from samp_core.errors import UsageError
-from samp_core.plan import Recipe, SitePlan
+from samp_core.plan import Recipe, SitePlan, mode_plan
 from samp_core.workbench import Split, Workbench, silent
 
 
@@ -145,26 +146,42 @@ def test_per_site_and_where_dear() -> None:
     }
 
 
-@pytest.mark.parametrize(("spread", "tried"), [(True, True), (False, False)])
-def test_outliers_everywhere_where_no_site_is_dear_and_all_are(
-    spread: bool, tried: bool, opened: Opened, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twelve GEMMs that cost alike: 4 split channels take off 99% of it, or half."""
-    bench = opened.bench
-    gemms = [f"layer.{i}.{s}" for i in range(3) for s in ("qkv", "out", "ffn_in", "ffn_out")]
-    rest = [f"layer.{i}.{s}" for i in range(3) for s in ("scores", "context")]
-    static, split = recipes.uniform(), 0.01 if spread else 0.5
-
-    def errors(*_: Any) -> dict[str, dict[str, float]]:
-        quiet = dict.fromkeys((*static, recipes.TOKEN, recipes.OUTLIERS), 1e-09)
-        loud = {**dict.fromkeys(static, 1.0), recipes.TOKEN: 1.0, recipes.OUTLIERS: split}
-        return {**dict.fromkeys(gemms, loud), **dict.fromkeys(rest, quiet)}
-
-    monkeypatch.setattr(recipes, "measured_errors", errors)
-    monkeypatch.setattr(recipes, "SAVING", 0.2)
-    record = recipes.choose(opened.config, bench, opened.calibration, opened.search).record
+def test_outliers_everywhere_meet_the_others(opened: Opened) -> None:
+    """Of a model whose every GEMM has loud channels they leave next to nothing."""
+    record = opened.choose().record
     names = {trial["name"] for trial in record["trials"]} | set(record["left_out"])
-    assert (recipes.EVERYWHERE in names) == tried
+    assert recipes.EVERYWHERE in names
+
+
+def test_variants_of_a_site(opened: Opened, chosen: recipes.Chosen) -> None:
+    """More channels apart than the main recipe has, and none where it has some or token scales."""
+    sites = opened.bench.quantizable()
+    token, split = Recipe(activation="token"), Recipe(calibrator="mse", outliers=4)
+    main = {"layer.0.qkv": token, "layer.0.out": split, "layer.0.ffn_in": Recipe("tensor")}
+    made = {**dict(chosen.recipes), **main}
+    ranges = opened.bench.ranges(opened.calibration)
+    scaled = recipes.with_scales(chosen.scaled, ranges, made)
+    full = mode_plan(scaled, "full", 3, sites, made)
+    record, config = chosen.record, opened.config
+    found, carrier = recipes.variants(config, opened.bench, opened.calibration, full, record)
+    labels = {site: [variant.label for variant in some] for site, some in found.items()}
+    assert labels["layer.0.qkv"] == labels["layer.0.out"] == [SPLIT, PLAIN]
+    assert labels["layer.0.ffn_in"] == [SPLIT]
+    assert not any("scores" in site or "context" in site for site in labels)
+    assert carrier.key() == full.key(), "what the main recipes run is as it was"
+    for site, some in found.items():
+        for variant in some:
+            entry = SitePlan("int8", variant.recipe)
+            alone = recipes.with_scales(full, ranges, {site: variant.recipe})
+            assert variant.scale == alone.scales[f"{site}.input_scale"]
+            plan = replace(carrier, sites={**full.sites, site: entry})
+            assert plan.split_channels(site) == sorted(alone.outliers.get(site, []))
+    more = [v.scale for v in found["layer.0.out"]]
+    assert more[0] < full.scales["layer.0.out.input_scale"], "louder channels are apart"
+    for fields in ({"calibrator": "mse"}, {"activation": "static"}):
+        asked = config.model_copy(update=fields)
+        assert recipes.variants(asked, opened.bench, opened.calibration, full, record)[0] == {}
+    assert recipes.variants(config, opened.bench, opened.calibration, full, {})[0] == {}
 
 
 @pytest.mark.parametrize(

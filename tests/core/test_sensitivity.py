@@ -14,7 +14,7 @@ import torch
 from samp_kernels.interface import pack_batch
 from separable import small
 
-from samp_core import calibrate, encoder, sensitivity, torch_encoder
+from samp_core import calibrate, encoder, losses, sensitivity, torch_encoder
 from samp_core.build import open_workbench, read_splits
 from samp_core.cache import Cache
 from samp_core.chain import Node, chain, plan_of
@@ -25,7 +25,15 @@ from samp_core.heads import softmax_divergence
 from samp_core.pipeline import batches
 from samp_core.plan import Plan, Recipe
 from samp_core.quantize import quantize_weight
-from samp_core.sensitivity import Score, cheap_scores, estimated, even_share, measured_kl, with_kl
+from samp_core.sensitivity import (
+    Score,
+    beside,
+    cheap_scores,
+    estimated,
+    even_share,
+    measured_kl,
+    with_kl,
+)
 from samp_core.workbench import Split, Workbench, silent
 
 
@@ -52,6 +60,9 @@ class Case:
 
     def alone(self, name: str) -> Plan:
         return plan_of(self.base, self.nodes, [int(node.name == name) for node in self.nodes])
+
+    def cheap(self, rows: int = sensitivity.CHEAP_ROWS) -> dict[str, Score]:
+        return cheap_scores(self.bench, self.base, self.nodes, ["int8"], self.split, rows)["int8"]
 
     def movable(self) -> list[str]:
         return [node.name for node in self.nodes if len(node.options) > 1]
@@ -130,7 +141,7 @@ def test_what_the_budget_leaves_is_not_measured_but_found(
 def test_first_order_foretells_the_change_of_the_loss(case: Case) -> None:
     """Over the very rows: what int8 at one site does to the cross-entropy, up to second order."""
     names = case.movable()
-    scores = cheap_scores(case.bench, case.base, case.nodes, case.split, len(case.split.gold))
+    scores = case.cheap(len(case.split.gold))
     before = cross_entropy(case, plan_of(case.base, case.nodes, [0] * len(case.nodes)))
     checked = 0
     for name in names:
@@ -146,7 +157,7 @@ def test_first_order_foretells_the_change_of_the_loss(case: Case) -> None:
 
 def test_the_second_order_ranks_as_the_measured_loss_does(case: Case) -> None:
     names = case.movable()
-    scores = cheap_scores(case.bench, case.base, case.nodes, case.split)
+    scores = case.cheap()
     found = measured_kl(case.bench, case.base, case.nodes, case.split, names)
     assert set(scores) == set(names)
     fisher = [scores[name].fisher for name in names]
@@ -157,7 +168,7 @@ def test_the_second_order_ranks_as_the_measured_loss_does(case: Case) -> None:
 
 def test_signal_to_noise_is_that_of_the_sites_output(case: Case) -> None:
     """Counted again for the first GEMM from the checkpoint's own tensors."""
-    scores = cheap_scores(case.bench, case.base, case.nodes, case.split, len(case.split.gold))
+    scores = case.cheap(len(case.split.gold))
     tensors = case.bench.checkpoint.tensors
     session = case.bench.loop_session(case.base)
     signal = noise = 0.0
@@ -176,7 +187,35 @@ def test_signal_to_noise_is_that_of_the_sites_output(case: Case) -> None:
     assert scores["layer.0.qkv"].sqnr_db == pytest.approx(expected, abs=0.02)
 
 
+def test_fewer_rows_are_an_even_share(case: Case) -> None:
+    """KL over a share of the rows is that of whole passes over those rows."""
+    name = case.movable()[-1]
+    found = measured_kl(case.bench, case.base, case.nodes, case.split, [name], rows=20)[name]
+    places = np.linspace(0, len(case.split.encodings) - 1, 20).astype(int)
+    reference, changed = (
+        case.bench.logits(plan, case.split, "")[places] for plan in (case.base, case.alone(name))
+    )
+    assert found == pytest.approx(softmax_divergence(reference, changed), rel=1e-4, abs=1e-9)
+
+
 # without a device
+
+
+def test_a_slow_model_is_measured_on_fewer_rows() -> None:
+    """All within a share of the budget, and the same for every build with that budget."""
+    assert losses.enough_rows(512, 30, 0.003, 600.0) == 512
+    assert losses.enough_rows(512, 60, 0.024, 600.0) == 128
+    assert losses.enough_rows(512, 60, 0.024, 60.0) == losses.FEWEST_ROWS
+    assert losses.enough_rows(40, 60, 9.0, 1.0) == 40
+    for rows in (512, 500, 90):
+        few = losses.enough_rows(rows, 60, 0.024, 600.0)
+        assert few in (rows, losses.FEWEST_ROWS) or few * 0.024 * 60 * losses.SUFFIX <= 120.0
+
+
+def test_another_option_is_held_against_the_measured_one() -> None:
+    known = with_kl({"a": score("a", 2.0), "b": score("b", 4.0)}, {"a": 6.0})
+    assert beside(known, {"a": score("a", 1.0)}) == {"a": 3.0}
+    assert beside(known, {"b": score("b", 8.0)}) == {"b": 24.0}
 
 
 def score(name: str, fisher: float | None, sqnr: float = 20.0) -> Score:
