@@ -10,7 +10,7 @@ from rich.table import Table
 
 ONE = "1"
 SERVED = (
-    "tier", "strategy", "plan", "drop bound pt", "ms, all together", "modelled/measured",
+    "tier", "strategy", "plan", "drop bound pt", "ms, all together", "foretold/measured",
     "fresh: drop pt, 95% from", "promise holds on fresh",
 )  # fmt: skip
 
@@ -85,5 +85,6 @@ def _ms(row: Mapping[str, Any]) -> float:
 
 
 def _model(row: Mapping[str, Any]) -> str:
-    modelled = row["modelled"].get("latency_ms", {}).get(ONE)
-    return f"{modelled / _ms(row):.2f}" if modelled else "-"
+    """By the build itself, in the turns that measured what it serves; samp foretells nothing."""
+    told = row.get("foretold_ms", {}).get(ONE) if row["strategy"] != "samp" else None
+    return f"{told / row['latency_ms'][ONE]:.2f}" if told else "-"

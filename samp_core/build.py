@@ -27,6 +27,7 @@ from samp_core.costs import weigh
 from samp_core.data import Splits, combine_splits, read_rows, split_rows
 from samp_core.enough import shortages
 from samp_core.errors import SampError, UsageError
+from samp_core.found import Found
 from samp_core.latency import SINGLE, foretold
 from samp_core.lower_loss import loss_note, loss_report
 from samp_core.mix import mix_of, read_sample
@@ -34,7 +35,7 @@ from samp_core.observed import observed
 from samp_core.plan import Plan, SitePlan, mode_plan
 from samp_core.quantize import export_weights
 from samp_core.repository import TierFiles, build_lock, check_names, write_build
-from samp_core.search import Found, Search
+from samp_core.search import Search
 from samp_core.text import TextEncoder
 from samp_core.tiers import FLOAT, Choice, Measured, Verifier, choose, fastest, near_ones, recheck
 from samp_core.workbench import (

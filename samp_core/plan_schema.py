@@ -123,7 +123,7 @@ def plan_schema() -> dict[str, Any]:
             "modelled": {
                 "type": "object",
                 "description": "what the search foretold: latency_ms by bucket, kl in nats; pace "
-                "by bucket: float measured with this plan over float foretold",
+                "by bucket: how much slower other plans say it is in the turns of `measured`",
                 "properties": {
                     "latency_ms": {"type": "object", "additionalProperties": number},
                     "pace": {"type": "object", "additionalProperties": number},

@@ -21,7 +21,7 @@ Cell = Callable[[str], tuple[float | None, str, str]]
 
 
 def plan_map(facts: Facts, tier: TierFacts) -> Figure:
-    """Layers down, sites across, coloured by precision."""
+    """Layers down, sites across, coloured by precision; in a cell its channels kept in fp32."""
     layers = range(tier.plan.layers)
     names = [[f"layer.{layer}.{site}" for site in SITES] for layer in layers]
     precisions = [[tier.plan.precision(name) for name in row] for row in names]
@@ -40,6 +40,9 @@ def plan_map(facts: Facts, tier: TierFacts) -> Figure:
         showscale=False,
         xgap=2,
         ygap=2,
+        text=[[str(_apart(tier, name) or "") for name in row] for row in names],
+        texttemplate="%{text}",
+        textfont={"size": 10},
         customdata=[[_site_text(tier, name) for name in row] for row in names],
         hovertemplate="%{customdata}<extra></extra>",
     )
@@ -155,6 +158,12 @@ def _grid(layers: int, row: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+def _apart(tier: TierFacts, name: str) -> int:
+    """How many input channels a site multiplies in fp32 beside its int8 product."""
+    entry = tier.plan.sites.get(name)
+    return entry.recipe.outliers if entry is not None and entry.recipe is not None else 0
+
+
 def _site_text(tier: TierFacts, name: str) -> str:
     entry = tier.plan.sites.get(name)
     lines = [f"<b>{html.escape(name)}</b>: {html.escape(tier.plan.precision(name))}"]
@@ -165,6 +174,8 @@ def _site_text(tier: TierFacts, name: str) -> str:
                 f"weights per {recipe.weight}, {recipe.activation} scales, {recipe.calibrator}"
             )
         )
+        if recipe.outliers:
+            lines.append(f"{recipe.outliers} of its input channels in fp32")
     if tier.executed is not None:
         lines.append(f"ran in {html.escape(str(tier.executed.get(name, 'unknown')))}")
     layer, _, site = name.rpartition(".")

@@ -285,7 +285,7 @@ def latency(facts: Facts, figures: Figures) -> Html:
     caption = (
         "Encoder and head in process, without a server; medians of whole passes, the plans taking "
         f"turns. Foretold: for {say.batch(facts)}, before the plan was "
-        "chosen, at the pace of exact when all were measured."
+        "chosen, at the pace that other plans had in the same turns."
     )
     return join([*parts, table(heads, rows, caption=caption), *_foretelling(facts)])
 
@@ -330,8 +330,9 @@ def plans(facts: Facts, figures: Figures) -> Html:
             tag(
                 "p",
                 "Each row is a layer, each cell one matrix product of it: qkv, the attention's "
-                "scores and context, its output, and the two of the feed-forward part. Point at a "
-                "cell for its recipe and the reason.",
+                "scores and context, its output, and the two of the feed-forward part. A number is "
+                "how many of its input channels stay in fp32. Point at a cell for its recipe and "
+                "the reason.",
             ),
             tag("div", *keys, cls="keys"),
             tag("div", *maps, cls="maps"),
@@ -398,11 +399,11 @@ def sites(facts: Facts, figures: Figures) -> Html:
             *parts,
             tag(
                 "p",
-                f"{search['measured']} of {search['nodes']} sites were measured one by one on the "
-                f"search rows; the others (~) are estimated from gradients{agreed}. Times are "
-                "stamps inside whole passes. A site is worth quantizing where it saves much and "
-                "loses little. scores and context are one decision, attention: one kernel runs "
-                "both.",
+                f"{search['measured']} of {search['nodes']} sites were measured one by one on "
+                f"{search.get('rows') or 'the'} search rows; the others (~) are estimated from "
+                f"gradients{agreed}. Times are stamps inside whole passes. A site is worth "
+                "quantizing where it saves much and loses little. scores and context are one "
+                "decision, attention: one kernel runs both.",
             ),
             tag("div", *maps, cls="maps"),
         ]

@@ -16,11 +16,11 @@ from samp_core.milp import Solution
 HOPELESS = 0.1
 """A plan is not timed if another is safer and, as modelled, faster by more than this share."""
 SAFER = 0.8
-"""A plan stands in for a step of another strategy with at most this part of its KL,"""
-FASTER = 0.02
-"""and where it is faster by more than this share of its time."""
+"""A plan stands in for a step of another strategy with at most this part of its KL."""
 CLEARLY = 0.05
 """What a plan is faster by, as a share of the other's time, that a clock does not make up."""
+HARDLY = 0.02
+"""The same where nothing is lost if it does."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def stand_ins(
         able = [
             stair
             for stair in stairs
-            if stair.loss <= SAFER * loss and stair.cost + rest_ms < (1.0 - FASTER) * ms
+            if stair.loss <= SAFER * loss and stair.cost + rest_ms < (1.0 - CLEARLY) * ms
         ]
         able.sort(key=lambda stair: stair.loss)
         found += [*able[:1], *able[-1:]]
@@ -104,9 +104,10 @@ def sequence(
     """The plans to verify so as not to serve a slower one than the strategy by itself would.
 
     Its very sequence: any other test might fail where its own pass. For a step stands in the safest
-    candidate that is faster by more than FASTER and has a KL, measured, of at most SAFER of the
+    candidate that is faster by more than CLEARLY and has a KL, measured, of at most SAFER of the
     step's; steps that are then no faster than what comes before them are left out. Behind the
-    last the fastest candidate follows, where that is clearly faster. Where the strategy's search
+    last the fastest candidate follows, where that is faster by more than HARDLY: its failure costs
+    nothing. Where the strategy's search
     was cut, candidates safer than its first step come before it; where it has no
     steps, the sequence is that of the candidates alone.
     """
@@ -126,12 +127,12 @@ def sequence(
         better = [
             c
             for c in able_now.values()
-            if c.kl <= SAFER * step.kl and c.latency_ms < (1.0 - FASTER) * step.latency_ms
+            if c.kl <= SAFER * step.kl and c.latency_ms < (1.0 - CLEARLY) * step.latency_ms
         ]
         taken = min(better, key=lambda c: c.kl, default=step)
         if not chosen or taken.latency_ms < chosen[-1].latency_ms:
             chosen.append(taken)
     fastest = own[-1]
-    if fastest.latency_ms < (1.0 - CLEARLY) * chosen[-1].latency_ms:
+    if fastest.latency_ms < (1.0 - HARDLY) * chosen[-1].latency_ms:
         chosen.append(fastest)
     return chosen

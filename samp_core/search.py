@@ -7,7 +7,7 @@ are timed whole, so that the model of the device proposes and the device decides
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from samp_core.budget import Clock, keep_best
 from samp_core.chain import FLOAT as float_site
 from samp_core.chain import Node, Variant, chain, choice_of, plan_of
 from samp_core.config import BuildConfig
+from samp_core.found import Found
 from samp_core.metrics import Metric
 from samp_core.modes import correlations, layer_order, modes
 from samp_core.plan import Plan, SitePlan
@@ -29,49 +30,8 @@ RIVALS = 8
 """Plans that are because they may stand in for a step of greedy's."""
 STAMPING = 0.15
 """Share of the time left that time stamps may take."""
-ANCHORS = 3
-"""Plans that tell the pace of the machine when those served are measured again, less one."""
 SHARES = (1.0, 0.85, 0.7)
 """Parts of a promise that the predicted bounds of its candidates shall reach."""
-
-
-@dataclass
-class Found:
-    """Every plan looked at, by name, with its measured candidate; the record goes to build.json.
-
-    modelled: name -> what the search foretold: `latency_ms` by bucket, `kl` as a sum over nodes.
-    """
-
-    plans: dict[str, Plan]
-    candidates: dict[str, Candidate]
-    modelled: dict[str, dict[str, Any]] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    greedy: rivals.Found | None = None
-    """What greedy's search would have found by itself, where it is followed."""
-    table: costs.CostTable | None = None
-    """What modelled latencies are foretold by, and of what nodes."""
-    nodes: tuple[Node, ...] = ()
-
-    def anchors(self) -> list[str]:
-        """Plans between the slowest and the fastest that tell the pace of later turns."""
-        if self.table is None:
-            return []
-        timed = [c for c in self.candidates.values() if c.timed]
-        low, high = (end(c.latency_ms for c in timed) for end in (min, max))
-        wanted = [low + (high - low) * place / ANCHORS for place in range(ANCHORS + 1)]
-        near = (min(timed, key=lambda c: abs(c.latency_ms - ms)).name for ms in wanted)
-        return list(dict.fromkeys(near))
-
-    def paces(self, measured: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-        """name -> bucket -> how much slower than modelled it is in these turns, by the others."""
-        if self.table is None:
-            return {}
-        choices = {name: choice_of(self.plans[name], self.nodes) for name in measured}
-        told = costs.foretold(self.table, self.nodes, choices, measured)
-        return {
-            name: {b: ms / self.modelled[name]["latency_ms"][b] for b, ms in each.items()}
-            for name, each in told.items()
-        }
 
 
 class Search:
@@ -468,7 +428,7 @@ class Search:
             "measured": sum(score.kl is not None for score in self.lost.scores.values()),
             "rank_correlation": correlations(self.lost.scores.values()),
             "sites": sensitivity.listed(self.lost.scores),
-            "more": {label: sensitivity.listed(scores) for label, scores in self.lost.more.items()},
+            "more": {label: self._listed(label) for label in self.lost.more},
             "costs": {
                 bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets
@@ -477,3 +437,13 @@ class Search:
             "misses": self._misses,
             "greedy": list(self._walked),
         }
+
+    def _listed(self, label: str) -> list[dict[str, Any]]:
+        """The scores of another option than the main one, with what the search takes it to lose."""
+        kl = {
+            node.name: losses[node.labels.index(label)]
+            for node, losses in zip(self.nodes, self.lost.table, strict=True)
+            if label in node.labels
+        }
+        made = sensitivity.listed(self.lost.more[label])
+        return [{**score, "estimate": kl[score["node"]]} for score in made]

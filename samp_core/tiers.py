@@ -172,7 +172,7 @@ def fastest(
     best = min(passed, key=lambda name: again[name], default=choice.plan)
     theirs = [name for name in passed if greedy is not None and name in greedy.candidates]
     other = min(theirs, key=lambda name: again[name], default=best)
-    if again[best] >= (1.0 - rivals.CLEARLY) * again[other]:
+    if again[best] >= (1.0 - rivals.HARDLY) * again[other]:
         best = other
     return replace(choice, plan=best) if again[best] != again[choice.plan] else choice
 

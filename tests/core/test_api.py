@@ -13,10 +13,12 @@ import jsonschema
 import numpy as np
 import pytest
 from forked import forks
+from samp_kernels.cpu import level
 from samp_kernels.interface import SITES
 from separable import LABELS, planted_build, small
 
 import samp_core
+from samp_core.chain import VARIANTS
 from samp_core.config import load_config
 from samp_core.costs import CostTable
 from samp_core.errors import SampError, UsageError
@@ -168,6 +170,32 @@ def test_why_each_site_is_as_it_is(made: Made) -> None:
     assert len(table.edges["1"]) == 3 * 5 + 1
     assert any("batch of 1:" in fact for fact in told["facts"])
     assert told["plan"] == plan.summary()
+
+
+def test_a_site_in_another_recipe_is_explained_as_that(tmp_path: Path) -> None:
+    """Of a build that chose recipes, one replaced by hand: the search knows what it costs."""
+    if level() is None:
+        pytest.skip("no cpu kernels here")
+    yaml = small().yaml(tmp_path / "b.yaml", calibrator="auto", strategy="milp", backend="cpu")
+    fields = {**json.loads(yaml.read_text()), "out": tmp_path / "out", "tiers": {"x": {"drop": 8}}}
+    made = Made(tmp_path / "out", samp_core.build(fields).report)
+    record = json.loads((made.out / "current" / "build.json").read_text())["search"]
+    assert set(record["more"]) <= set(VARIANTS)
+    assert {label for some in record["variants"].values() for label, _ in some} == set(
+        record["more"]
+    )
+    file = made.out / "current/models/encoder_small_x/1/plan.json"
+    for site in ("layer.1.ffn_in", "layer.2.out"):
+        for label, recipe in record["variants"][site]:
+            body = made.plan("x")
+            body["sites"][site] = {"precision": "int8", "recipe": recipe}
+            file.write_text(json.dumps(body))
+            assert file.read_text() == json.dumps(body)
+            told = {one["site"]: one for one in explain(made.out, "x")["sites"]}[site]
+            assert told["precision"] == label
+            assert told["why"].startswith(label)
+            (score,) = (one for one in record["more"][label] if one["node"] == site)
+            assert told["kl"] == score["estimate"]
 
 
 def test_explained_at_the_command_line(made: Made) -> None:

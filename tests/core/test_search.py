@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from separable import small
 
-from samp_core import costs, milp, rivals, search, sensitivity
+from samp_core import costs, milp, rivals, sensitivity
+from samp_core import found as found_module
 from samp_core.allocate import drop_sequence, last_fit, predicted_bound, safe_bound
 from samp_core.budget import Clock
 from samp_core.build import open_workbench, plan_modes, read_splits
@@ -27,11 +28,12 @@ from samp_core.chain import PLAIN, Variant, chain, choice_of, path_cost
 from samp_core.config import BuildConfig, load_config
 from samp_core.costs import CostTable, weigh
 from samp_core.evaluate import spearman
+from samp_core.found import Found
 from samp_core.lower_loss import loss_report
 from samp_core.metrics import Accuracy
 from samp_core.modes import correlations
 from samp_core.plan import Plan, Recipe
-from samp_core.search import Found, Search
+from samp_core.search import Search
 from samp_core.sensitivity import Score
 from samp_core.tiers import FLOAT
 from samp_core.workbench import Split, Workbench, silent
@@ -253,7 +255,7 @@ def test_plans_measured_again_tell_each_others_pace(planted: Planted) -> None:
     anchors = found.anchors()
     assert FLOAT in anchors
     assert min(found.candidates.values(), key=lambda c: c.latency_ms).name in anchors
-    assert 3 <= len(anchors) <= search.ANCHORS + 1
+    assert 3 <= len(anchors) <= found_module.ANCHORS + 1
     told = {name: found.modelled[name]["latency_ms"]["1"] for name in anchors}
     paces = found.paces({name: {"1": 1.3 * ms} for name, ms in told.items()})
     assert set(paces) == set(anchors)
