@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks_table import ONE, promised
+from tasks_table import ONE, foretold, promised
 
 TITLES = {
     "film-reviews": "film reviews, MiniLM",
@@ -64,12 +64,10 @@ def _served(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         wish = promised(row)
         if wish is None and row["strategy"] != "samp":  # along SAMP's modes by every strategy
             continue
-        told = row.get("foretold_ms", {}).get(ONE) if row["strategy"] != "samp" else None
-        told = f"{told / row['latency_ms'][ONE]:.2f}" if told else "-"
         title = "recommended" if wish is None else f"{100 * wish:g}"
         yield (
             f"| {title} | {row['strategy']} | {row['plan'].removesuffix(' GEMMs')} | "
-            f"{100 * row['verification']['upper_bound']:.2f} | {_ms(row):.2f} | {told} | "
+            f"{100 * row['verification']['upper_bound']:.2f} | {_ms(row):.2f} | {foretold(row)} | "
             f"{_drop(row['fresh'])} |"
         )
 

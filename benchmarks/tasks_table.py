@@ -40,7 +40,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         fresh, promise = row["fresh"], promised(row)
         table.add_row(
             row["name"], row["strategy"], str(row["plan"])[:40],
-            f"{100 * row['verification']['upper_bound']:.2f}", f"{_ms(row):.3f}", _model(row),
+            f"{100 * row['verification']['upper_bound']:.2f}", f"{_ms(row):.3f}", foretold(row),
             f"{100 * fresh['drop']:.2f}, {100 * fresh['lower_bound']:.2f}",
             "-" if promise is None else "yes" if fresh["lower_bound"] <= promise else "NO",
         )  # fmt: skip
@@ -84,7 +84,7 @@ def _ms(row: Mapping[str, Any]) -> float:
     return float(row["together_ms"][ONE])
 
 
-def _model(row: Mapping[str, Any]) -> str:
+def foretold(row: Mapping[str, Any]) -> str:
     """By the build itself, in the turns that measured what it serves; samp foretells nothing."""
     told = row.get("foretold_ms", {}).get(ONE) if row["strategy"] != "samp" else None
     return f"{told / row['latency_ms'][ONE]:.2f}" if told else "-"

@@ -70,11 +70,6 @@ class Node:
         variant = self.variants.get(option)
         return {} if variant is None else {input_scale(self.name, "int8"): variant.scale}
 
-    @property
-    def quantizable(self) -> bool:
-        """Whether the last option is a quantized one."""
-        return any(entry.precision in QUANTIZED for entry in self.options[-1].values())
-
 
 def chain(
     layers: int,

@@ -14,6 +14,8 @@ from samp_core.latency import foretold
 from samp_core.manifest import read_manifest
 from samp_core.plan import QUANTIZED, Plan, Recipe
 
+NARROW = (*QUANTIZED, *VARIANTS)
+
 
 def explain(out: Path, tier: str) -> dict[str, Any]:
     """`{tier, plan, facts[], sites: [{site, precision, saves_ms, kl, rank, why}]}` of a build.
@@ -83,7 +85,7 @@ def _facts(plan: Plan, search: Mapping[str, Any]) -> list[str]:
 
 def _totals(sites: Sequence[Mapping[str, Any]]) -> list[str]:
     """What quantization brings and what the sites kept in float would."""
-    quantized = [site for site in sites if site["precision"] in (*QUANTIZED, *VARIANTS)]
+    quantized = [site for site in sites if site["precision"] in NARROW]
     kept = [site for site in sites if site not in quantized]
     if not sites:
         return []
@@ -121,7 +123,7 @@ def _sites(plan: Plan, search: Mapping[str, Any]) -> list[dict[str, Any]]:
     made = []
     for index, node in enumerate(nodes):
         ran = node.labels[choice[index]]
-        quantized = ran if ran in (*QUANTIZED, *VARIANTS) else node.labels[-1]
+        quantized = ran if ran in NARROW else node.labels[-1]
         key = (node.name, quantized)
         if key not in scores:
             continue
@@ -147,7 +149,7 @@ def _why(quantized: str, facts: Mapping[str, Any], share: float, count: int) -> 
         "" if facts["measured"] else ", not measured but estimated"
     )
     saving = f"{facts['saves_ms']:.3f} ms ({100 * share:.1f}% of float)"
-    if facts["precision"] in (*QUANTIZED, *VARIANTS):
+    if facts["precision"] in NARROW:
         if facts["saves_ms"] <= 0.0:
             return f"{facts['precision']} though it saves nothing by the table; it loses {loss}"
         return f"{facts['precision']}: saves {saving}, loses {loss}"

@@ -26,12 +26,13 @@ FEWEST_ROWS = 64
 class Losses:
     """scores: of the main quantized precision, by node; more: of the other options, by their label.
 
-    table: of each node's options what they are taken to lose, in nats a row; rows: so many of the
-    search split were run for it.
+    kl: label of any of them -> node -> what it is taken to lose, in nats a row; table: the same of
+    each node's options, floats among them; rows: so many of the search split were run for it.
     """
 
     scores: dict[str, Score] = field(default_factory=dict)
     more: dict[str, dict[str, Score]] = field(default_factory=dict)
+    kl: dict[str, dict[str, float]] = field(default_factory=dict)
     table: list[list[float]] = field(default_factory=list)
     rows: int = 0
 
@@ -77,7 +78,7 @@ def measured(
         [kl[p][node.name] if p in kl else known.get(p, 0.0) for p in node.labels] for node in nodes
     ]
     main = made.pop(precisions[0], {}) if made else {}
-    return Losses(main, made, table, rows)
+    return Losses(main, made, kl, table, rows)
 
 
 def enough_rows(rows: int, nodes: int, row_s: float, budget_s: float) -> int:

@@ -174,8 +174,8 @@ def _site_text(tier: TierFacts, name: str) -> str:
                 f"weights per {recipe.weight}, {recipe.activation} scales, {recipe.calibrator}"
             )
         )
-        if recipe.outliers:
-            lines.append(f"{recipe.outliers} of its input channels in fp32")
+        if _apart(tier, name):
+            lines.append(f"{_apart(tier, name)} of its input channels in fp32")
     if tier.executed is not None:
         lines.append(f"ran in {html.escape(str(tier.executed.get(name, 'unknown')))}")
     layer, _, site = name.rpartition(".")

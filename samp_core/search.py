@@ -427,8 +427,11 @@ class Search:
             },
             "measured": sum(score.kl is not None for score in self.lost.scores.values()),
             "rank_correlation": correlations(self.lost.scores.values()),
-            "sites": sensitivity.listed(self.lost.scores),
-            "more": {label: self._listed(label) for label in self.lost.more},
+            "sites": sensitivity.listed(self.lost.scores, sensitivity.estimated(self.lost.scores)),
+            "more": {
+                label: sensitivity.listed(scores, self.lost.kl[label])
+                for label, scores in self.lost.more.items()
+            },
             "costs": {
                 bucket: {"edges": buckets[bucket], "base_ms": table.base_ms[bucket]}
                 for bucket in buckets
@@ -437,13 +440,3 @@ class Search:
             "misses": self._misses,
             "greedy": list(self._walked),
         }
-
-    def _listed(self, label: str) -> list[dict[str, Any]]:
-        """The scores of another option than the main one, with what the search takes it to lose."""
-        kl = {
-            node.name: losses[node.labels.index(label)]
-            for node, losses in zip(self.nodes, self.lost.table, strict=True)
-            if label in node.labels
-        }
-        made = sensitivity.listed(self.lost.more[label])
-        return [{**score, "estimate": kl[score["node"]]} for score in made]

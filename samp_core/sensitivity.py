@@ -232,24 +232,26 @@ class _Cheap:
         by_name = {tap.name: tap for tap in taps}
         names = list(dict.fromkeys(node.name for node in self._nodes))
         outputs = [by_name[name].y for name in names]
-        gradients: dict[str, Sequence[Tensor]] = {}
+        gradients: dict[str, dict[str, Tensor]] = {}
         logits = self._encoder.head_logits(self._head, feature)
         if logits is not None:
             if labels is not None:
                 gold = torch.from_numpy(labels.astype(np.int64))
                 loss = torch.nn.functional.cross_entropy(logits, gold, reduction="sum")
-                gradients["signed"] = torch.autograd.grad(loss, outputs, retain_graph=True)
+                of_loss = torch.autograd.grad(loss, outputs, retain_graph=True)
+                gradients["signed"] = dict(zip(names, of_loss, strict=True))
             # v = sum_c e_c sqrt(p_c) (1_c - p), e = +-1: E[(v . dz)^2] = dz^T (diag p - p p^T) dz
             p = torch.softmax(logits.detach(), dim=-1)
             signs = torch.randint(0, 2, p.shape, generator=self._generator) * 2.0 - 1.0
             root = signs * p.sqrt()
             scalar = (logits * (root - p * root.sum(-1, keepdim=True))).sum()
-            gradients["fisher"] = torch.autograd.grad(scalar, outputs)
+            of_scalar = torch.autograd.grad(scalar, outputs)
+            gradients["fisher"] = dict(zip(names, of_scalar, strict=True))
         lengths = torch.from_numpy(np.diff(batch.cu_seqlens).astype(np.int64))
         row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
         with torch.no_grad():
             for place, node in enumerate(self._nodes):
-                tap, output_place = by_name[node.name], names.index(node.name)
+                tap = by_name[node.name]
                 whole, from_input = self._errors(node, tap, batch)
                 self._power[place] += [float((tap.y**2).sum()), float((whole**2).sum())]
                 for kind, error in (
@@ -258,7 +260,7 @@ class _Cheap:
                     found = gradients.get(kind.removesuffix("_whole"))
                     if found is not None:
                         each = torch.zeros(len(lengths), dtype=torch.float64)
-                        each.index_add_(0, row, (found[output_place] * error).sum(1).double())
+                        each.index_add_(0, row, (found[node.name] * error).sum(1).double())
                         self._rows.setdefault((place, kind), []).append(each.numpy())
 
     def _errors(self, node: Node, tap: Tap, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -318,7 +320,6 @@ class _Cheap:
         )
 
 
-def listed(scores: Mapping[str, Score]) -> list[dict[str, Any]]:
-    """Scores as build.json has them, with what each site is taken to lose."""
-    kl = estimated(scores)
+def listed(scores: Mapping[str, Score], kl: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Scores as build.json has them; kl: what each node is taken to lose."""
     return [{**asdict(score), "estimate": kl[name]} for name, score in scores.items()]
