@@ -165,15 +165,16 @@ class Measured:
             made = samp_core.build(fields(self.pair, self.files, strategy, self.how), bars)
         seconds = time.perf_counter() - begin
         report = made.report
+        record = json.loads((made.folder / "build.json").read_text(encoding="utf-8"))
         self.rows.append(
             {
                 "kind": "build", "model": self.pair.name, "strategy": strategy,
-                "seconds": round(seconds, 1), "cache": report["cache"],
+                "seconds": round(seconds, 1), "peak_mb": record["peak_mb"],
+                "cache": report["cache"],
                 "cold": self.cold and strategy == self.how.strategies[0],
                 "warnings": report["warnings"],
             }
         )  # fmt: skip
-        record = json.loads((made.folder / "build.json").read_text(encoding="utf-8"))
         loss = record.get("search", {}).get("loss")
         if loss:
             self.rows.append({"kind": "loss", "model": self.pair.name, **loss})

@@ -30,6 +30,7 @@ from samp_core.errors import SampError, UsageError
 from samp_core.found import Found
 from samp_core.latency import SINGLE, foretold
 from samp_core.lower_loss import loss_note, loss_report
+from samp_core.memory import peak_mb
 from samp_core.mix import mix_of, read_sample
 from samp_core.observed import observed
 from samp_core.plan import Plan, SitePlan, mode_plan
@@ -164,6 +165,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
             },
             "observed": observed(bench, served, search),
             "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "peak_mb": round(peak_mb()),
             **({"search": found.record} if found.record else {}),
         }
         step = progress("write the model repository", 1)

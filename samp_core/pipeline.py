@@ -20,6 +20,9 @@ from samp_core.windows import Windows
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 64
+GRADIENT_TOKENS = 512
+"""The same of a batch with gradients, of which all that its layers compute is kept: 0.7 MB a token
+with twelve layers of 768."""
 
 
 @dataclass(frozen=True)
@@ -82,14 +85,17 @@ def load(out: Path | str, tier: str = "", threads: int | None = None) -> Pipelin
     )
 
 
-def batches(encodings: Sequence[Encoding]) -> list[tuple[Batch, Array]]:
-    """Encodings by length into packed batches; each with the places of its rows."""
+def batches(encodings: Sequence[Encoding], most: int = BATCH_TOKENS) -> list[tuple[Batch, Array]]:
+    """Encodings by length into packed batches of so many tokens; each with the places of its rows.
+
+    A longer one is a batch alone.
+    """
     order = np.argsort([len(e.ids) for e in encodings], kind="stable")
     groups: list[list[int]] = [[]]
     tokens = 0
     for index in order.tolist():
         length = len(encodings[index].ids)
-        if groups[-1] and (tokens + length > BATCH_TOKENS or len(groups[-1]) == BATCH_ROWS):
+        if groups[-1] and (tokens + length > most or len(groups[-1]) == BATCH_ROWS):
             groups.append([])
             tokens = 0
         groups[-1].append(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from samp_kernels.e4m3 import E4M3, to_e4m3
@@ -44,6 +45,26 @@ def without(weight: Array, channels: Sequence[int]) -> Array:
     rest = np.array(weight)
     rest[:, list(channels)] = 0.0
     return rest
+
+
+class Rounded:
+    """Weights of sites as each recipe leaves them, in floats; kept quantized, a quarter of that."""
+
+    def __init__(self, tensors: Mapping[str, Array]) -> None:
+        self._tensors = tensors
+        self._kept: dict[tuple[Any, ...], tuple[Array, F32]] = {}
+
+    def weight(
+        self, site: str, recipe: Recipe, apart: Sequence[int], precision: str = "int8"
+    ) -> F32:
+        """[out, in]; the input channels `apart` are what they are."""
+        whole = self._tensors[f"{site}.weight"]
+        key = (site, recipe.weight, precision, tuple(apart))
+        if key not in self._kept:
+            self._kept[key] = quantize_weight(without(whole, apart), recipe, precision)
+        made = restored(*self._kept[key])
+        made[:, list(apart)] = whole[:, list(apart)]
+        return made
 
 
 def export_weights(

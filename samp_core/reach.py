@@ -56,13 +56,14 @@ def least_squares(histogram: Array, width: float) -> float:
     """The reach of the least mean squared quantization error.
 
     Choukroun et al. 2019, "Low-bit quantization of neural networks for efficient inference", arXiv
-    1902.06822 (OMSE). A grid of ratios first, then a finer one about its best.
+    1902.06822 (OMSE). A grid of ratios first, then a finer one about its best: fine enough to find
+    where the levels of few values happen to meet them.
     """
     top = width * len(histogram) / BINS
     ratios = np.geomspace(0.02, 1.0, 40)
     best = _best(histogram, width, top * ratios)
     near = float(ratios[1] / ratios[0])
-    return _best(histogram, width, np.minimum(best * np.geomspace(1 / near, near, 17), top))
+    return _best(histogram, width, np.minimum(best * np.geomspace(1 / near, near, 65), top))
 
 
 def _best(histogram: Array, width: float, reaches: Array) -> float:

@@ -45,6 +45,7 @@ def origin(facts: Facts, figures: dict[str, Any]) -> Html:
         ("strategy", _strategy(facts)),
         ("seed", config.get("seed", "not recorded")),
         ("built", facts.record.get("made", "not recorded")),
+        ("most memory", _megabytes(facts.record.get("peak_mb"))),
         ("build", tag("code", manifest.folder.name)),
     ]  # fmt: skip
     if search.get("rank_correlation"):
@@ -77,6 +78,10 @@ _USES = {
 
 def _shape(config: Any) -> str:
     return f"{config.get('layers', '?')} layers, hidden {config.get('hidden', '?')}"
+
+
+def _megabytes(value: Any) -> str:
+    return "not recorded" if value is None else f"{value:,} MB"
 
 
 def _strategy(facts: Facts) -> str:

@@ -6,7 +6,7 @@ are timed whole, so that the model of the device proposes and the device decides
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -28,6 +28,9 @@ LOOKS = 16
 """Plans of one staircase that are run over the search split."""
 RIVALS = 8
 """Plans that are because they may stand in for a step of greedy's."""
+WALKING = 0.75
+"""Share of the time left that greedy's walk may take before the staircase is looked at; what is
+left behind that goes to the rest of the walk."""
 STAMPING = 0.15
 """Share of the time left that time stamps may take."""
 SHARES = (1.0, 0.85, 0.7)
@@ -289,13 +292,18 @@ class Search:
         whole = [n for n in self.modes if n.split("(")[1].startswith((f"{last})", f"{last},"))]
         for name in whole:
             self._look(name, self.modes[name])
-        self._propose(LOOKS)  # first what is promised, then what a recommendation is made along
+        if self._drop_limits:
+            self._walk(self._clock.part(WALKING))
+        self._propose(LOOKS)
+        if self._drop_limits:
+            self._walk(lambda: False)
+        # First what is promised, then what a recommendation is made along.
         if any(spec.free for spec in self._config.tiers.values()):
             for name, plan in self.modes.items():
                 self._look(name, plan)
 
     def _propose(self, most: int) -> None:
-        """Looks at so many new stairs at most, near promises and ceilings, then follows greedy."""
+        """Looks at so many new stairs at most, near promises and ceilings, and at stand-ins."""
         assert self.table is not None
         edges = self.table.weighted(self._config.mix)
         self.stairs = milp.staircase(edges, self.lost.table)
@@ -324,15 +332,17 @@ class Search:
         if self._drop_limits:
             self._follow(base * total)
 
+    def _walk(self, stop: Callable[[], bool]) -> None:
+        """Looks at what greedy would, up to where the time ends it."""
+        looked = [self._look(name, plan) for name, plan in self.baselines.items()]
+        names = [FLOAT, *self._reverted(stop), *(made.name for made in looked if made)]
+        self._walked = list(dict.fromkeys(names))
+
     def _follow(self, rest_ms: float) -> None:
-        """Looks at what greedy would, and at RIVALS new plans at most that may stand in for that.
+        """Looks at RIVALS new plans at most that may stand in for what greedy looked at.
 
         rest_ms: what a pass costs beside the edges.
         """
-        if not self._walked:
-            looked = [self._look(name, plan) for name, plan in self.baselines.items()]
-            names = [FLOAT, *self._greedy(), *(made.name for made in looked if made)]
-            self._walked = list(dict.fromkeys(names))
         total = sum(self._config.mix.values())
         told = [self._found.modelled[name] for name in self._walked if name != FLOAT]
         steps = [(made["kl"], total * self._weigh(made["latency_ms"])) for made in told]
@@ -346,16 +356,21 @@ class Search:
         kl = sensitivity.estimated(self.lost.scores)
         return rivals.reverted(kl, self.nodes, int(bool(self.halves)))  # to fp16 where it is there
 
-    def _greedy(self) -> list[str]:
+    def _greedy(self) -> None:
         """From all int8, give the dearest node back to float until the strictest promise holds.
 
-        As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline. The
-        plans looked at.
+        As NNCF's accuracy-aware control and Neural Compressor's fallback do; the baseline.
         """
+        self._reverted(lambda: False)
+
+    def _reverted(self, stop: Callable[[], bool]) -> list[str]:
+        """The plans that `greedy` looks at: known ones, and new ones until `stop` or the clock."""
         enough = self._safe(min(self._drop_limits, default=0.0))
         names = []
         for name, choice in self._path():
-            made = self._look(name, plan_of(self._base, self.nodes, choice))
+            plan = plan_of(self._base, self.nodes, choice)
+            late = not self._known(plan) and stop()
+            made = None if late else self._look(name, plan)
             self._cut = made is None
             if made is None:
                 break

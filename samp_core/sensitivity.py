@@ -17,9 +17,10 @@ from samp_kernels.interface import F32, LARGEST, Array, Batch
 from samp_core.chain import Node, plan_of
 from samp_core.encoder import LayerInput
 from samp_core.heads import softmax_divergence
-from samp_core.pipeline import batches
+from samp_core.memory import trim
+from samp_core.pipeline import GRADIENT_TOKENS, batches
 from samp_core.plan import Plan, Recipe, input_scale
-from samp_core.quantize import quantize_weight, restored, without
+from samp_core.quantize import Rounded
 from samp_core.text import Encoding
 from samp_core.workbench import Split, Workbench
 
@@ -206,6 +207,7 @@ class _Cheap:
         torch.set_num_threads(bench.threads)
         tensors = {k: v for k, v in bench.checkpoint.tensors.items() if v.dtype.kind == "f"}
         self._tensors = torch_encoder.as_tensors(tensors)
+        self._stored = Rounded(tensors)
         inside = {k: v for k, v in tensors.items() if k.startswith("classifier.")}
         own = bench.head.divergence is not softmax_divergence
         self._head = torch_encoder.as_tensors({} if own else bench.head_weights or inside)
@@ -216,12 +218,13 @@ class _Cheap:
     def over(self, split: Split, rows: int) -> list[Score]:
         pieces = self._bench.pieces(split)
         places = np.unique(np.linspace(0, len(pieces) - 1, rows).astype(int))
-        packed = batches([pieces[i] for i in places.tolist()])
+        packed = batches([pieces[i] for i in places.tolist()], GRADIENT_TOKENS)
         step = self._bench.progress("sensitivity: gradients", len(packed))
         one_class = self._bench.task.gold == "label"
         labels = np.asarray(split.gold)[places] if one_class else None
         for batch, group in packed:
             self._batch(batch, None if labels is None else labels[group])
+            trim()
             step()
         return [self._score(place) for place in range(len(self._nodes))]
 
@@ -293,10 +296,8 @@ class _Cheap:
             scale_x = scales[input_scale(site, precision)]
         x = round8(tap.x, scale_x)
         apart = list(self._base.outliers.get(site, ())[: recipe.outliers])
-        rest = without(self._bench.checkpoint.tensors[f"{site}.weight"], apart)
-        stored = self._torch.from_numpy(restored(*quantize_weight(rest, recipe, precision)))
-        if apart:
-            x[:, apart], stored[:, apart] = tap.x[:, apart], weight[:, apart]
+        stored = self._torch.from_numpy(self._stored.weight(site, recipe, apart, precision))
+        x[:, apart] = tap.x[:, apart]
         from_input = (x - tap.x) @ weight.T
         return from_input + x @ (stored - weight).T, from_input
 

@@ -13,14 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from samp_kernels.interface import GEMM_SITES, Array, Batch
+from samp_kernels.interface import GEMM_SITES, Batch
 
 from samp_core import calibrate
 from samp_core.calibrate import Ranges
 from samp_core.heads import softmax_divergence
-from samp_core.pipeline import batches
+from samp_core.memory import trim
+from samp_core.pipeline import GRADIENT_TOKENS, batches
 from samp_core.plan import Recipe, recipe_of
-from samp_core.quantize import quantize_weight, without
+from samp_core.quantize import Rounded
 from samp_core.text import Encoding
 from samp_core.workbench import Split, Workbench
 
@@ -49,13 +50,14 @@ def measured_errors(
     """
 
     def make() -> Errors:
-        packed = [batch for batch, _ in batches(sample(bench.pieces(split)))]
+        packed = [batch for batch, _ in batches(sample(bench.pieces(split)), GRADIENT_TOKENS)]
         step = bench.progress("calibrate: what each recipe costs at each site", len(packed))
         measuring = _Measuring(bench, ranges, options)
         for batch in packed:
             if stop():
                 raise _Stopped(measuring.errors())
             measuring.add(batch)
+            trim()
             step()
         return measuring.errors()
 
@@ -105,7 +107,7 @@ class _Measuring:
         self._scales = {name: calibrate.scales(ranges, r) for name, r in options.items()}
         self._apart = {name: calibrate.outliers(ranges, r) for name, r in options.items()}
         self._generator = torch.Generator().manual_seed(0)
-        self._stored: dict[tuple[str, str, tuple[int, ...]], Tensor] = {}
+        self._stored = Rounded(self._floats)
         self._sums: dict[str, dict[str, float]] = {}
         self._rows = 0
 
@@ -154,7 +156,7 @@ class _Measuring:
     def _gemm(self, tap: Tap, directions: Sequence[Tensor], row: Tensor) -> None:
         site, weight = tap.name, self._tensors[f"{tap.name}.weight"]
         wanted = [(g @ weight * tap.x).sum(1) for g in directions]
-        through: dict[int, list[Tensor]] = {}
+        through: dict[tuple[Any, ...], list[Tensor]] = {}
 
         def error(name: str) -> list[Tensor]:
             recipe = recipe_of(self._options[name], site)
@@ -165,10 +167,11 @@ class _Measuring:
                 scale = self._scales[name][f"{site}.input_scale"]
             x = self._encoder.rounded_to_int8(tap.x, scale)
             x[:, apart] = tap.x[:, apart]
-            stored = self._weight(site, recipe, apart)
-            if id(stored) not in through:
-                through[id(stored)] = [g @ stored for g in directions]
-            seen = zip(through[id(stored)], wanted, strict=True)
+            key = (recipe.weight, tuple(apart))
+            if key not in through:
+                stored = self._torch.from_numpy(self._stored.weight(site, recipe, apart))
+                through[key] = [g @ stored for g in directions]
+            seen = zip(through[key], wanted, strict=True)
             return [(g * x).sum(1) - y for g, y in seen]
 
         self._count(site, row, error)
@@ -215,14 +218,3 @@ class _Measuring:
             return ("token", recipe.weight)
         scales = [v for k, v in self._scales[name].items() if k.startswith(f"{site}.")]
         return (recipe.weight, recipe.outliers, *scales)
-
-    def _weight(self, site: str, recipe: Recipe, apart: Sequence[int]) -> Tensor:
-        """What a site's weight is in int8, as floats; the split channels stay what they are."""
-        key = (site, recipe.weight, tuple(apart))
-        if key not in self._stored:
-            weight = self._floats[f"{site}.weight"]
-            q, scale = quantize_weight(without(weight, apart), recipe)
-            stored: Array = q.astype(np.float32) * scale[:, None]
-            stored[:, list(apart)] = weight[:, list(apart)]
-            self._stored[key] = self._torch.from_numpy(stored)
-        return self._stored[key]

@@ -269,7 +269,7 @@ def test_the_written_build_is_whole(planted: Built) -> None:
     record = planted.record
     assert set(record) == {
         *("config", "candidates", "splits", "warnings"),
-        *("plans", "tiers", "observed", "made", "calibration", "search"),
+        *("plans", "tiers", "observed", "made", "peak_mb", "calibration", "search"),
     }  # fmt: skip
     assert BuildConfig.model_validate(record["config"]) == planted.config
     assert [c["name"] for c in record["candidates"]] == list(MS)

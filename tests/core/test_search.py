@@ -161,7 +161,7 @@ def test_milp_looks_at_what_greedy_would_and_tests_what_it_would(planted: Plante
 
 @pytest.mark.usefixtures("device")
 def test_greedys_plans_that_the_time_left_out_are_known_to_be(planted: Planted) -> None:
-    """Its walk stops where a look comes too late; what it found before that is there."""
+    """Its walk stops where a look comes too late, and goes on from there when there is time."""
     made, found = planted.searched("milp")
     made._found = Found({FLOAT: found.plans[FLOAT]}, {FLOAT: found.candidates[FLOAT]})
     looks, look = [], made._look
@@ -171,8 +171,19 @@ def test_greedys_plans_that_the_time_left_out_are_known_to_be(planted: Planted) 
         return None if len(looks) == 4 else look(name, plan)
 
     made._look = late  # type: ignore[method-assign]
-    assert made._greedy() == [name if name != "greedy(0)" else "full(3)" for name in looks[:3]]
+    first = made._reverted(lambda: False)
+    assert first == [name if name != "greedy(0)" else "full(3)" for name in looks[:3]]
     assert made._cut
+    made._look = look  # type: ignore[method-assign]
+    before = len(made._found.plans)
+    assert made._reverted(lambda: True) == first
+    assert made._cut
+    assert len(made._found.plans) == before
+    whole = made._reverted(lambda: False)
+    assert whole[:3] == first
+    assert whole == [name for name in found.plans if name in whole]
+    assert not made._cut
+    assert len(whole) > 4
 
 
 @pytest.mark.usefixtures("device")
