@@ -42,7 +42,7 @@ PIP := $(BIN)/python -m pip install $(QUIET)
 NATIVE := $(BIN)/python setup.py --quiet
 SANITIZED := build/sanitize/lib
 
-.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check gpu-bundle bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-refusals bench-tasks bench-layout peers serve doctor clean distclean
+.PHONY: help venv native sanitize demo demo-checkpoint test chaos lint format kernels gpu-check gpu-bundle bench bench-encoder bench-served bench-serving bench-calibration bench-tokenizer bench-refusals bench-tasks bench-draws bench-layout peers serve doctor clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -141,6 +141,9 @@ bench-serving: demo-checkpoint ## the demo's tiers beside a plain Triton model
 
 bench-tasks: demo-checkpoint ## every task by every strategy, with what is on this machine (hours)
 	@$(BIN)/python benchmarks/tasks.py $(BENCH)
+
+bench-draws: demo-checkpoint ## what the strategies would serve if other rows had verified their plans
+	@$(BIN)/python benchmarks/draws.py $(BENCH)
 
 bench-layout: demo-checkpoint ## threads, instances and queue delays of the server (after make demo)
 	@$(BIN)/python benchmarks/layout.py $(BENCH)

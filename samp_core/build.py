@@ -54,10 +54,15 @@ CALIBRATING = 0.25
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What `samp build --json` prints, and where the build is."""
+    """What `samp build --json` prints, and where the build is.
+
+    plans: every plan that was looked at, by name; choices: what each tier serves, and why.
+    """
 
     folder: Path
     report: dict[str, Any]
+    plans: Mapping[str, Plan]
+    choices: Mapping[str, Choice]
 
 
 Config = BuildConfig | Mapping[str, Any] | Path | str
@@ -186,7 +191,7 @@ def build(config: Config, progress: Progress = silent, note: Note = lambda _: No
         "warnings": warnings,
         "search": search_facts(found.record),
     }
-    return BuildResult(folder, report)
+    return BuildResult(folder, report, plans, choices)
 
 
 def open_workbench(config: BuildConfig, progress: Progress) -> Workbench:

@@ -25,7 +25,8 @@ FLOAT = "float"
 class Choice:
     """What a tier serves, and every verification test on the way to it.
 
-    `met` is False where the promise cannot be kept even by the plan served.
+    `met` is False where the promise cannot be kept even by the plan served. sequence: the plans
+    that were to be tested, in their order; empty where no drop is promised.
     """
 
     tier: str
@@ -34,6 +35,7 @@ class Choice:
     tests: tuple[tuple[str, evaluate.DropTest], ...]
     met: bool
     warnings: tuple[str, ...] = ()
+    sequence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ def _by_drop(
         )
     elif result.served is None:
         notes.append(f"tier {tier}: same plan as exact; no faster plan held {spec.drop:g} points")
-    return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes))
+    names = tuple(candidate.name for candidate in sequence)
+    return Choice(tier, spec, result.served or FLOAT, result.tests, met, tuple(notes), names)
 
 
 def _nearest(

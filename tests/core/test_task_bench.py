@@ -112,3 +112,49 @@ def test_milp_is_compared_at_equal_promise(bench: Any) -> None:
     (found,) = bench.tasks_table.verdicts(rows)
     assert found["tier"] == "p0-5"
     assert found["others"] == "samp 1.500 times that, greedy 0.500 times that"
+
+
+def test_what_sequences_serve_on_other_draws(bench: Any) -> None:
+    """Rates that can be counted: a plan that loses nothing always passes, one that loses 5% never;
+    behind a failure nothing is tested, and of what passed the fastest is served."""
+    import draws
+    import numpy as np
+
+    from samp_core.metrics import Accuracy
+
+    made = object.__new__(draws.Drawn)
+    count = 4_000
+    right = np.arange(count) % 10 != 0
+    lost = right.copy()
+    lost[:200] = False
+    random = np.random.default_rng(1)
+    swapped = right.copy()  # as many won as lost: sometimes a promise of 0.5 points is missed
+    swapped[random.choice(np.flatnonzero(right), 20, replace=False)] = False
+    swapped[random.choice(np.flatnonzero(~right), 20, replace=False)] = True
+    made.texts = {"float": right, "same": right, "lost": lost, "swapped": swapped}
+    made.ms = {"float": 4.0, "same": 2.0, "lost": 0.5, "swapped": 1.0}
+    made.exact, made.metric, made.n = "float", Accuracy(), 2_000
+    made.pair = argparse.Namespace(name="x", drops=(0.5, 2.0))
+    made.sequences = {
+        ("milp", 0.5): ["same", "swapped"],
+        ("samp", 0.5): ["lost", "same"],
+        ("greedy", 0.5): ["swapped", "same"],
+        ("milp", 2.0): ["swapped", "lost"],
+        ("samp", 2.0): ["same"],
+        ("greedy", 2.0): [],
+    }
+    strict, loose = made.rows()
+    assert (strict["n"], strict["pool"], strict["promise"]) == (2_000, 4_000, 0.5)
+    chance = strict["greedy"]["mean_ms"]  # 1 where it passes, else 4
+    passed = (4.0 - chance) / 3.0
+    assert 0.5 < passed < 0.999
+    assert strict["milp"]["mean_ms"] == pytest.approx(2.0 - passed)
+    assert strict["samp"]["mean_ms"] == 4.0
+    assert strict["samp"]["milp_faster"] == 1.0
+    assert strict["greedy"]["milp_faster"] == pytest.approx(1.0 - passed)
+    assert strict["greedy"]["milp_slower"] == 0.0
+    assert loose["milp"]["mean_ms"] == 1.0
+    assert loose["samp"]["mean_ms"] == 2.0
+    assert loose["samp"]["times_milp"] == 2.0
+    assert loose["greedy"]["median_ms"] == 4.0
+    assert all(strict[s]["broken"] == loose[s]["broken"] == 0.0 for s in draws.STRATEGIES)
