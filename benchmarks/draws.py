@@ -164,24 +164,25 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 def main() -> None:
     how = tasks.arguments()
     machine.require_quiet(how.force)
-    rows: list[dict[str, Any]] = []
-    absent = []
-    watched = machine.Bystanders([])
-    for pair in tasks.pairs(how.data, how.checkpoints):
+    every = tasks.pairs(how.data, how.checkpoints)
+    order = [pair.name for pair in every]
+    for pair in every:
         why = tasks.missing(pair)
-        if how.only and pair.name not in how.only:
-            why = f"{pair.name}: not asked for"
-        if why:
-            absent.append(why)
+        if why or (how.only and pair.name not in how.only):
+            tasks.say(f"skipped: {why or pair.name}")
             continue
-        rows += Drawn(pair, how).rows()
-    show(rows)
-    path = machine.write_result(
-        "draws", threads=how.threads, rows=json.loads(json.dumps(rows)), not_run=absent,
-        found_limits=limits.limits(how.threads), found_versions=machine.versions(),
-        folder=how.results,
-    )  # fmt: skip
-    machine.report(path, watched.share())
+        watched = machine.Bystanders([])
+        rows = Drawn(pair, how).rows()
+        show(rows)
+        rows += [r for r in tasks.earlier(how.results, "draws") if r["model"] != pair.name]
+        path = machine.write_result(
+            "draws", threads=how.threads,
+            rows=sorted(json.loads(json.dumps(rows)), key=lambda row: order.index(row["model"])),
+            not_run=[name for name in order if all(row["model"] != name for row in rows)],
+            found_limits=limits.limits(how.threads), found_versions=machine.versions(),
+            folder=how.results,
+        )  # fmt: skip
+        machine.report(path, watched.share())
 
 
 if __name__ == "__main__":

@@ -253,9 +253,9 @@ def some_of(modes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def earlier(folder: Path) -> list[dict[str, Any]]:
+def earlier(folder: Path, suite: str = "tasks") -> list[dict[str, Any]]:
     """The rows of the newest result on this machine; none where there is none."""
-    found = sorted(folder.glob(f"*-{machine.slug('tasks')}.json"))
+    found = sorted(folder.glob(f"*-{machine.slug(suite)}.json"))
     return json.loads(found[-1].read_text(encoding="utf-8"))["rows"] if found else []
 
 
