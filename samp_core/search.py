@@ -26,8 +26,6 @@ from samp_core.workbench import Split, Workbench
 
 LOOKS = 16
 """Plans of one staircase that are run over the search split."""
-RIVALS = 8
-"""Plans that are because they may stand in for a step of greedy's."""
 WALKING = 0.75
 """Share of the time left that greedy's walk may take before the staircase is looked at; what is
 left behind that goes to the rest of the walk."""
@@ -303,7 +301,7 @@ class Search:
                 self._look(name, plan)
 
     def _propose(self, most: int) -> None:
-        """Looks at so many new stairs at most, near promises and ceilings, and at stand-ins."""
+        """Looks at so many new stairs at most, near promises and ceilings."""
         assert self.table is not None
         edges = self.table.weighted(self._config.mix)
         self.stairs = milp.staircase(edges, self.lost.table)
@@ -329,27 +327,12 @@ class Search:
             for index in (first, first + 1, first - 1):
                 if 0 <= index < len(self.stairs):
                     look(index)
-        if self._drop_limits:
-            self._follow(base * total)
 
     def _walk(self, stop: Callable[[], bool]) -> None:
         """Looks at what greedy would, up to where the time ends it."""
         looked = [self._look(name, plan) for name, plan in self.baselines.items()]
         names = [FLOAT, *self._reverted(stop), *(made.name for made in looked if made)]
         self._walked = list(dict.fromkeys(names))
-
-    def _follow(self, rest_ms: float) -> None:
-        """Looks at RIVALS new plans at most that may stand in for what greedy looked at.
-
-        rest_ms: what a pass costs beside the edges.
-        """
-        total = sum(self._config.mix.values())
-        told = [self._found.modelled[name] for name in self._walked if name != FLOAT]
-        steps = [(made["kl"], total * self._weigh(made["latency_ms"])) for made in told]
-        able = rivals.stand_ins(steps, self.stairs, rest_ms)
-        plans = [plan_of(self._base, self.nodes, stair.choice) for stair in able]
-        for plan in [plan for plan in plans if not self._known(plan)][:RIVALS]:
-            self._look(f"milp-{plan.key()[:8]}", plan)
 
     def _path(self) -> list[tuple[str, tuple[int, ...]]]:
         """Greedy's: names and choices."""

@@ -218,8 +218,9 @@ def test_plans_are_foretold_at_the_pace_of_their_turns(
     choices = {"float": (0,) * count, "full": (1,) * count, "half": half, "third": third}
     measured = {name: {"1": now(choice)} for name, choice in choices.items()}
     found = costs.foretold(table, nodes, choices, measured)
-    for name in choices:
-        assert found[name]["1"] == pytest.approx(measured[name]["1"], rel=0.1), name
+    for name in choices:  # float and all int8 lie beyond what the others tell
+        beyond = name in ("float", "full")
+        assert found[name]["1"] == pytest.approx(measured[name]["1"], rel=0.2 if beyond else 0.05)
     # Its own time is not looked at, nor that of a plan which is the same.
     twice = {**choices, "full again": choices["full"]}
     lied = {**measured, "full": {"1": 99.0}, "full again": {"1": 99.0}}

@@ -1,8 +1,8 @@
 """milp beside samp and greedy at equal promises: what is sure, and how often the rest holds.
 
-Sure: greedy's own steps are tested as greedy would test them, so that milp can be slower only where
-a plan that stands in for one fails, though that step passes and the plan has four fifths of its KL
-at most. In worlds of made-up rows, noise and milliseconds that is counted, and what samp serves.
+Sure: greedy's own steps are tested as greedy would test them, and what else is comes behind them,
+so that milp is never slower than greedy. In worlds of made-up rows, noise and milliseconds it is
+counted how often it is faster, and what samp serves.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from samp_core.allocate import (
     drop_sequence,
     expected_changes,
     pooled,
+    predicted_bound,
 )
 
 N, SEARCH, LAYERS = 2500, 512, 6
@@ -43,13 +44,11 @@ chances = st.lists(st.booleans(), min_size=20, max_size=20)
 def test_greedy_serves_no_faster_plan(
     own: Any, greedy: Any, promise: float, chance: Any, ceiling: float | None
 ) -> None:
-    """Whatever plans pass, if one with less KL than one that passes does, too."""
+    """Whatever plans pass."""
     exact = made("float", 10.0, 0, 0)
     theirs = [made(f"greedy{i}", ms, b, c) for i, (ms, b, c) in enumerate(greedy)]
     every = [*theirs, *(made(f"milp{i}", ms, b, c) for i, (ms, b, c) in enumerate(own))]
     passing = {c.name for c, passes in zip(every, chance, strict=False) if passes}
-    most = max((c.kl for c in theirs if c.name in passing), default=0.0)
-    passing |= {c.name for c in every if c.kl <= rivals.SAFER * most}
 
     def served(sequence: Sequence[Candidate]) -> float:
         result = evaluate.fixed_sequence(sequence, lambda c: Passed(c.name in passing))
@@ -58,57 +57,53 @@ def test_greedy_serves_no_faster_plan(
     found = rivals.Found({c.name: c for c in [exact, *theirs]})
     ours = rivals.sequence(found, every, exact, promise, N, ceiling_ms=ceiling)
     steps = drop_sequence(theirs, exact, promise, N, ceiling_ms=ceiling)
-    assert served(ours) <= served(steps)
     times = [c.latency_ms for c in ours]
     assert times == sorted(set(times), reverse=True), "each faster than the one before"
     assert all(ms < 10.0 and ms <= (ceiling or 12.0) for ms in times)
     if not steps:
         assert ours == drop_sequence(every, exact, promise, N, ceiling_ms=ceiling)
         return
-    able = [c.latency_ms for c in every if c.latency_ms <= (ceiling or 12.0)]
-    assert ours[-1].latency_ms * (1 - rivals.HARDLY) <= min(able), "what costs nothing"
-    for candidate in ours:
-        if candidate not in steps and candidate is not ours[-1]:
-            assert any(
-                candidate.kl <= rivals.SAFER * step.kl
-                and candidate.latency_ms < (1 - rivals.CLEARLY) * step.latency_ms
-                for step in steps
-            )
+    assert served(ours) <= served(steps)
+    assert ours[: len(steps)] == steps
+    able = [c for c in every if c.latency_ms <= (ceiling or 12.0)]
+    likely = [c.latency_ms for c in able if predicted_bound(c, N) <= rivals.HOPE * promise]
+    assert ours[-1].latency_ms * (1 - rivals.HARDLY) <= min(likely, default=12.0), "costs nothing"
 
 
-def test_where_greedy_ran_out_of_time_safer_plans_come_first() -> None:
+def test_where_greedy_ran_out_of_time_a_safer_plan_comes_first() -> None:
     exact = made("float", 10.0, 0, 0)
     theirs = [made("greedy(0)", 2.0, 30, 5), made("greedy(1)", 3.0, 20, 5)]
     own = [made("milp-a", 6.0, 2, 1), made("milp-b", 4.0, 6, 3), made("milp-c", 2.9, 21, 6)]
     by_name = {c.name: c for c in [exact, *theirs]}
 
-    def names(cut: bool) -> list[str]:
-        found = rivals.Found(by_name, cut)
-        return [c.name for c in rivals.sequence(found, [*theirs, *own], exact, 0.02, N)]
+    def names(cut: bool, *more: Candidate) -> list[str]:
+        found = rivals.Found(by_name | {c.name: c for c in more}, cut)
+        some = [*theirs, *own, *more]
+        return [c.name for c in rivals.sequence(found, some, exact, 0.02, N)]
 
     assert names(False) == ["greedy(1)", "greedy(0)"]
-    assert names(True) == ["milp-a", "milp-b", "greedy(1)", "greedy(0)"]
+    assert names(True) == ["milp-a", "greedy(1)", "greedy(0)"]
+    safe = made("greedy(2)", 5.0, 1, 1)
+    assert names(True, safe) == names(False, safe) == ["greedy(2)", "greedy(1)", "greedy(0)"]
     found = rivals.Found({"float": exact})
     assert rivals.sequence(found, own, exact, 0.02, N) == drop_sequence(own, exact, 0.02, N)
 
 
-def test_a_plan_stands_in_where_it_is_clearly_faster_and_safer() -> None:
+def test_faster_plans_come_behind_where_they_cost_nothing() -> None:
     exact, step, last = made("float", 10.0, 0, 0), made("g1", 6.0, 8, 4), made("g0", 2.0, 30, 5)
     found = rivals.Found({c.name: c for c in (exact, step, last)})
-    better = made("m", 5.0, 6, 3)
 
     def names(*candidates: Candidate) -> list[str]:
         some = [step, last, *candidates]
         return [c.name for c in rivals.sequence(found, some, exact, 0.02, N)]
 
-    assert names(better) == ["m", "g0"]
-    assert names(replace(better, kl=rivals.SAFER * step.kl * 1.01)) == ["g1", "g0"]
-    assert names(replace(better, latency_ms=5.8)) == ["g1", "g0"]
-    assert names(replace(better, timed=False)) == ["g1", "g0"]
-    assert names(better, made("safer", 5.6, 3, 1)) == ["safer", "g0"], "of two the safest"
-    assert names(replace(better, latency_ms=1.5)) == ["m"]
-    assert names(made("f", 1.5, 40, 5)) == ["g1", "g0", "f"]
-    assert names(made("f", 1.97, 40, 5)) == ["g1", "g0"]
+    assert names(made("m", 5.0, 2, 1)) == ["g1", "g0"], "however safe it is"
+    keeps, may, hopeless = made("k", 1.8, 20, 10), made("h", 1.5, 40, 10), made("x", 1.0, 200, 9)
+    assert names(keeps) == ["g1", "g0", "k"]
+    assert names(may) == ["g1", "g0", "h"]
+    assert names(keeps, may, hopeless) == ["g1", "g0", "k", "h"]
+    assert names(replace(keeps, latency_ms=1.97)) == ["g1", "g0"]
+    assert names(replace(keeps, timed=False)) == ["g1", "g0"]
 
 
 class Passed:
@@ -250,20 +245,22 @@ def rows_of(world: World) -> list[tuple[float, float, float, float]]:
     return rows  # type: ignore[return-value]
 
 
-def test_in_worlds_of_noise_it_is_hardly_ever_slower() -> None:
+def test_in_worlds_of_noise_it_is_often_faster() -> None:
     milp, samp, greedy, alone = np.array(
         [row for seed in range(40) for row in rows_of(World(seed))]
     ).T
     best = np.minimum(samp, greedy)
     print(
-        f"{len(milp)} cases: milp slower than greedy {np.mean(milp > greedy + 1e-9):.3f}, than "
-        f"samp {np.mean(milp > samp + 1e-9):.3f} (by its own steps "
-        f"{np.mean(alone > greedy + 1e-9):.3f}, {np.mean(alone > samp + 1e-9):.3f}; greedy than "
-        f"samp {np.mean(greedy > samp + 1e-9):.3f}); faster than both "
-        f"{np.mean(milp < best - 1e-9):.3f}; mean of float's time: milp {milp.mean():.3f}, samp "
-        f"{samp.mean():.3f}, greedy {greedy.mean():.3f}, its own steps {alone.mean():.3f}"
+        f"{len(milp)} cases: milp faster than greedy {np.mean(milp < greedy - 1e-9):.3f}, slower "
+        f"{np.mean(milp > greedy + 1e-9):.3f}; faster than samp {np.mean(milp < samp - 1e-9):.3f}, "
+        f"slower {np.mean(milp > samp + 1e-9):.3f} (by its own steps than greedy "
+        f"{np.mean(alone > greedy + 1e-9):.3f}, than samp {np.mean(alone > samp + 1e-9):.3f}); "
+        f"faster than both {np.mean(milp < best - 1e-9):.3f}; mean of float's time: milp "
+        f"{milp.mean():.3f}, samp {samp.mean():.3f}, greedy {greedy.mean():.3f}, its own steps "
+        f"{alone.mean():.3f}"
     )
-    assert np.mean(milp > greedy + 1e-9) <= 0.08
-    assert np.mean(milp > best + 1e-9) < 0.75 * np.mean(alone > best + 1e-9)
-    assert np.mean(milp < best - 1e-9) >= 0.5, "faster than both in most"
-    assert milp.mean() <= 0.95 * min(samp.mean(), greedy.mean())
+    assert not np.any(milp > greedy + 1e-9)
+    assert np.mean(milp < greedy - 1e-9) >= 0.4
+    assert np.mean(milp < samp - 1e-9) >= 0.5
+    assert milp.mean() < greedy.mean()
+    assert milp.mean() <= 0.9 * samp.mean()

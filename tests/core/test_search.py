@@ -155,8 +155,8 @@ def test_milp_looks_at_what_greedy_would_and_tests_what_it_would(planted: Plante
     for promise in (0.01, 0.04):
         theirs = drop_sequence(list(greedy.candidates.values()), reference, promise, N)
         ours = rivals.sequence(found.greedy, every, reference, promise, N)
-        assert ours[-1].latency_ms <= theirs[-1].latency_ms
-        assert len(ours) <= len(theirs) + 1
+        assert [c.name for c in ours[: len(theirs)]] == [c.name for c in theirs]
+        assert len(ours) <= len(theirs) + 2
 
 
 @pytest.mark.usefixtures("device")
