@@ -199,19 +199,18 @@ class Search:
         """Whole plans on the device, all interleaved: the latencies that choices are made with.
 
         They correct the model of the device too, by which `milp` then solves once more; what that
-        adds is timed together with all the rest. What another plan beats in bound and clearly in
+        adds, or brings back into question, is timed together with all the rest. What another plan beats in bound and clearly in
         modelled time keeps its modelled latency.
         """
         found = self._found
         measured = self._whole()
         if self.table is not None:
             self._correct(measured)
-            before = len(found.plans)
             if self._config.strategy == "milp" and not self._clock.over():
                 self._propose(LOOKS // 2)
-            if len(found.plans) > before:
-                measured = self._whole()
-                self._correct(measured)
+                if set(found.plans) - self._hopeless(found.plans) - set(measured):
+                    measured = self._whole()
+                    self._correct(measured)
         found.candidates = self._pooled()
         for name, candidate in found.candidates.items():
             if name in measured:
