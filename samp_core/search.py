@@ -199,8 +199,8 @@ class Search:
         """Whole plans on the device, all interleaved: the latencies that choices are made with.
 
         They correct the model of the device too, by which `milp` then solves once more; what that
-        adds, or brings back into question, is timed together with all the rest. What another plan beats in bound and clearly in
-        modelled time keeps its modelled latency.
+        adds, or brings back into question, is timed together with all the rest. What another plan
+        beats in bound and clearly in modelled time keeps its modelled latency.
         """
         found = self._found
         measured = self._whole()
