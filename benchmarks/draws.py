@@ -26,8 +26,6 @@ DRAWS = 1000
 FEW_DRAWS = 200
 """Of a metric whose every test is a bootstrap of its own."""
 STRATEGIES = ("milp", "samp", "greedy")
-HARDLY = 0.02
-"""Of two times that differ by less than this share, neither is the slower one."""
 
 
 class Drawn:
@@ -110,6 +108,7 @@ class Drawn:
     def rows(self) -> list[dict[str, Any]]:
         """A row a promise."""
         from samp_core.metrics import Accuracy
+        from samp_core.rivals import HARDLY
 
         draws = DRAWS if isinstance(self.metric, Accuracy) else FEW_DRAWS
         served = self.served(self.sequences, draws)

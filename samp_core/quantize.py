@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from samp_kernels.e4m3 import E4M3, to_e4m3
@@ -13,6 +12,9 @@ from samp_core.errors import SampError
 from samp_core.plan import HALVES, Plan, Recipe, input_scale
 
 QMAX = 127
+
+Memo = dict[tuple[str, str], tuple[Array, F32]]
+"""Quantized matrices and their scales, for the next plan or pass over the same tensors."""
 
 
 def quantize_weight(weight: Array, recipe: Recipe, precision: str = "int8") -> tuple[Array, F32]:
@@ -47,30 +49,39 @@ def without(weight: Array, channels: Sequence[int]) -> Array:
     return rest
 
 
-class Rounded:
-    """Weights of sites as each recipe leaves them, in floats; kept quantized, a quarter of that."""
+def quantized(
+    tensors: Mapping[str, Array],
+    site: str,
+    recipe: Recipe,
+    apart: Sequence[int],
+    precision: str,
+    memo: Memo,
+) -> tuple[Array, F32]:
+    """`quantize_weight` of a site's weight without the input channels `apart`; kept in the memo."""
+    key = (site, f"{precision} {recipe.weight} {list(apart)}")
+    if key not in memo:
+        memo[key] = quantize_weight(without(tensors[f"{site}.weight"], apart), recipe, precision)
+    return memo[key]
 
-    def __init__(self, tensors: Mapping[str, Array]) -> None:
-        self._tensors = tensors
-        self._kept: dict[tuple[Any, ...], tuple[Array, F32]] = {}
 
-    def weight(
-        self, site: str, recipe: Recipe, apart: Sequence[int], precision: str = "int8"
-    ) -> F32:
-        """[out, in]; the input channels `apart` are what they are."""
-        whole = self._tensors[f"{site}.weight"]
-        key = (site, recipe.weight, precision, tuple(apart))
-        if key not in self._kept:
-            self._kept[key] = quantize_weight(without(whole, apart), recipe, precision)
-        made = restored(*self._kept[key])
-        made[:, list(apart)] = whole[:, list(apart)]
-        return made
+def rounded_weight(
+    tensors: Mapping[str, Array],
+    site: str,
+    recipe: Recipe,
+    apart: Sequence[int],
+    precision: str,
+    memo: Memo,
+) -> F32:
+    """[out, in]: the floats that `quantized` leaves; the channels `apart` are what they are."""
+    made = restored(*quantized(tensors, site, recipe, apart, precision, memo))
+    made[:, list(apart)] = tensors[f"{site}.weight"][:, list(apart)]
+    return made
 
 
 def export_weights(
     tensors: Mapping[str, Array],
     plan: Plan,
-    memo: dict[tuple[str, str], tuple[Array, F32]] | None = None,
+    memo: Memo | None = None,
 ) -> dict[str, Array]:
     """The portable tensors of one plan: int8 or e4m3 with scales where it says so, else fp32.
 
@@ -103,15 +114,13 @@ def export_weights(
                     "edit the plan",
                 )
             channels = plan.split_channels(name)
-            kind = f"{precision} {entry.recipe.weight}"
-            key = (name, f"{kind} {channels}" if channels else kind)
-            weight = tensors[f"{name}.weight"]
             if channels:
+                weight = tensors[f"{name}.weight"]
                 stored[f"{name}.outliers"] = np.array(channels, dtype=np.int32)
                 stored[f"{name}.outlier_weight"] = np.asarray(weight[:, channels], np.float32)
-            if key not in memo:
-                memo[key] = quantize_weight(without(weight, channels), entry.recipe, precision)
-            stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = memo[key]
+            stored[f"{name}.weight"], stored[f"{name}.weight_scale"] = quantized(
+                tensors, name, entry.recipe, channels, precision, memo
+            )
             if entry.recipe.activation == "static":
                 stored[f"{name}.input_scale"] = _scale(plan, input_scale(name, precision))
         for site, parts in (("scores", "qk"), ("context", "pv")):

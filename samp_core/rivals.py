@@ -90,7 +90,7 @@ def sequence(
     Its very sequence: any other test might fail where its own pass. Behind its last step, where a
     failure costs nothing, the plans that are faster than that by more than HARDLY: first the
     fastest whose predicted bound keeps the promise, then the fastest that may (HOPE). Where the
-    strategy's search was cut and its first step is none to begin with, the first of the
+    strategy's search was cut and its first step is less safe than safe_bound, the first of the
     candidates' own sequence comes before it; where it has no steps, that sequence is all.
     """
     some = theirs.candidates

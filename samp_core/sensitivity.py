@@ -20,7 +20,7 @@ from samp_core.heads import softmax_divergence
 from samp_core.memory import trim
 from samp_core.pipeline import GRADIENT_TOKENS, batches
 from samp_core.plan import Plan, Recipe, input_scale
-from samp_core.quantize import Rounded
+from samp_core.quantize import rounded_weight
 from samp_core.text import Encoding
 from samp_core.workbench import Split, Workbench
 
@@ -207,7 +207,6 @@ class _Cheap:
         torch.set_num_threads(bench.threads)
         tensors = {k: v for k, v in bench.checkpoint.tensors.items() if v.dtype.kind == "f"}
         self._tensors = torch_encoder.as_tensors(tensors)
-        self._stored = Rounded(tensors)
         inside = {k: v for k, v in tensors.items() if k.startswith("classifier.")}
         own = bench.head.divergence is not softmax_divergence
         self._head = torch_encoder.as_tensors({} if own else bench.head_weights or inside)
@@ -295,8 +294,11 @@ class _Cheap:
         else:
             scale_x = scales[input_scale(site, precision)]
         x = round8(tap.x, scale_x)
-        apart = list(self._base.outliers.get(site, ())[: recipe.outliers])
-        stored = self._torch.from_numpy(self._stored.weight(site, recipe, apart, precision))
+        apart = sorted(self._base.outliers.get(site, ())[: recipe.outliers])
+        tensors, memo = self._bench.checkpoint.tensors, self._bench.quantized
+        stored = self._torch.from_numpy(
+            rounded_weight(tensors, site, recipe, apart, precision, memo)
+        )
         x[:, apart] = tap.x[:, apart]
         from_input = (x - tap.x) @ weight.T
         return from_input + x @ (stored - weight).T, from_input

@@ -21,7 +21,7 @@ from samp_core.heads import softmax_divergence
 from samp_core.memory import trim
 from samp_core.pipeline import GRADIENT_TOKENS, batches
 from samp_core.plan import Recipe, recipe_of
-from samp_core.quantize import Rounded
+from samp_core.quantize import Memo, rounded_weight
 from samp_core.text import Encoding
 from samp_core.workbench import Split, Workbench
 
@@ -107,7 +107,7 @@ class _Measuring:
         self._scales = {name: calibrate.scales(ranges, r) for name, r in options.items()}
         self._apart = {name: calibrate.outliers(ranges, r) for name, r in options.items()}
         self._generator = torch.Generator().manual_seed(0)
-        self._stored = Rounded(self._floats)
+        self._memo: Memo = {}  # its own: few of the options will be any plan's
         self._sums: dict[str, dict[str, float]] = {}
         self._rows = 0
 
@@ -169,7 +169,8 @@ class _Measuring:
             x[:, apart] = tap.x[:, apart]
             key = (recipe.weight, tuple(apart))
             if key not in through:
-                stored = self._torch.from_numpy(self._stored.weight(site, recipe, apart))
+                made = rounded_weight(self._floats, site, recipe, apart, "int8", self._memo)
+                stored = self._torch.from_numpy(made)
                 through[key] = [g @ stored for g in directions]
             seen = zip(through[key], wanted, strict=True)
             return [(g * x).sum(1) - y for g, y in seen]

@@ -27,7 +27,7 @@ from samp_core.encoder import (
 from samp_core.errors import SampError, UsageError
 from samp_core.pipeline import batches, pieces, run_logits, run_tokens
 from samp_core.plan import Plan, Recipe, mode_plan
-from samp_core.quantize import export_weights
+from samp_core.quantize import Memo, export_weights
 from samp_core.rows import Text
 from samp_core.tasks import TASKS, Task
 from samp_core.text import Encoding, TextEncoder
@@ -80,7 +80,7 @@ class Workbench:
     _backend: Backend | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
     _packs: dict[tuple[str, str, str], Any] = field(default_factory=dict)
-    quantized: dict[tuple[str, str], Any] = field(default_factory=dict)
+    quantized: Memo = field(default_factory=dict)
 
     @property
     def backend(self) -> Backend:

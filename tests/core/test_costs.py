@@ -215,12 +215,13 @@ def test_plans_are_foretold_at_the_pace_of_their_turns(
 
     half = tuple(int(place % 2) for place in range(count))
     third = tuple(int(place % 3 > 0) for place in range(count))
-    choices = {"float": (0,) * count, "full": (1,) * count, "half": half, "third": third}
+    few, most = (tuple(int((place % 4 > 0) == much) for place in range(count)) for much in (0, 1))
+    choices = {"float": (0,) * count, "few": few, "half": half, "third": third, "most": most}
+    choices["full"] = (1,) * count
     measured = {name: {"1": now(choice)} for name, choice in choices.items()}
     found = costs.foretold(table, nodes, choices, measured)
-    for name in choices:  # float and all int8 lie beyond what the others tell
-        beyond = name in ("float", "full")
-        assert found[name]["1"] == pytest.approx(measured[name]["1"], rel=0.2 if beyond else 0.05)
+    for name in choices:  # of each a neighbour is there: beyond all others foretelling is guessing
+        assert found[name]["1"] == pytest.approx(measured[name]["1"], rel=0.1), name
     # Its own time is not looked at, nor that of a plan which is the same.
     twice = {**choices, "full again": choices["full"]}
     lied = {**measured, "full": {"1": 99.0}, "full again": {"1": 99.0}}
