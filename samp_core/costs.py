@@ -192,17 +192,32 @@ def foretold(
     were measured.
 
     A machine changes its speed from one minute to the next, and that of int8 and of fp32 not
-    alike. The other plans of the turns tell by how much; a plan's own time is left out.
+    alike. The other plans of the turns tell by how much; a plan's own time is left out. Empty
+    where there are no others.
     """
-    found: dict[str, dict[str, float]] = {}
-    for name, choice in choices.items():
-        others = [other for other in choices if choices[other] != choice]
-        if not others:
-            continue
-        now = {b: [measured[other][b] for other in others] for b in table.edges}
-        then = corrected(table, nodes, [choices[other] for other in others], now)
-        found[name] = {bucket: then.total(choice, bucket) for bucket in table.edges}
-    return found
+    if len(set(choices.values())) < 2:
+        return {}
+    names = list(choices)
+    whole = {bucket: [measured[name][bucket] for name in names] for bucket in table.edges}
+    every = [choices[name] for name in names]
+    found = {name: by_others(table, nodes, every, whole, choices[name]) for name in names}
+    return {
+        name: {bucket: then.total(choices[name], bucket) for bucket in table.edges}
+        for name, then in found.items()
+    }
+
+
+def by_others(
+    table: CostTable,
+    nodes: Sequence[Node],
+    choices: Sequence[Choice],
+    whole: Mapping[str, Sequence[float]],
+    own: Choice,
+) -> CostTable:
+    """The table corrected by all of these plans but one."""
+    places = [place for place, choice in enumerate(choices) if choice != own]
+    others = {bucket: [ms[place] for place in places] for bucket, ms in whole.items()}
+    return corrected(table, nodes, [choices[place] for place in places], others)
 
 
 def misses(
@@ -221,11 +236,9 @@ def misses(
         told = np.array([table.total(choice, name) for choice in choices])
         stamped = np.abs(told * np.median(np.asarray(ms) / told) / ms - 1.0)
         errors = []
-        for place, choice in enumerate(choices):
-            rest = [*choices[:place], *choices[place + 1 :]]
-            others = {name: [*ms[:place], *ms[place + 1 :]]}
-            without = corrected(table, nodes, rest, others)
-            errors.append(abs(without.total(choice, name) / ms[place] - 1.0))
+        for choice, own in zip(choices, ms, strict=True):
+            then = by_others(table, nodes, choices, {name: ms}, choice)
+            errors.append(abs(then.total(choice, name) / own - 1.0))
         found[name] = {
             "plans": float(len(choices)),
             "median": float(np.median(errors)), "largest": float(np.max(errors)),

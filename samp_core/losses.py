@@ -94,7 +94,7 @@ def enough_rows(rows: int, nodes: int, row_s: float, budget_s: float) -> int:
 
 
 def row_seconds(bench: Workbench, exact: Plan, split: Split) -> float:
-    """What one row of a split takes in float, by its longest rows; found again in the cache."""
+    """What one row takes in float, in the largest batch timed; found again in the cache."""
 
     def pace() -> float:
         session, batch = bench.session(exact), bench.shapes(split)[-1].batch
