@@ -124,12 +124,12 @@ class Search:
     def _to_come(self) -> float:
         """Seconds that verifying and timing will take, by what one row takes in float.
 
-        Each promise tests about three plans that take half of float's time; the plans served are
+        Each promise tests about three plans that take 0.7 of float's time; the plans served are
         timed in three sizes, about 600 rows each, and all candidates once more.
         """
         row_s = losses.row_seconds(self._bench, self._float, self._split)
         tiers = len(self._config.tiers)
-        rows = self._n * (1.0 + 1.5 * len(self._drop_limits)) + 600.0 * (1 + tiers) + 2000.0
+        rows = self._n * (1.0 + 2.1 * len(self._drop_limits)) + 600.0 * (1 + tiers) + 2000.0
         return row_s * rows + 2.0
 
     def _chain(self, halves: Sequence[str]) -> tuple[Node, ...]:

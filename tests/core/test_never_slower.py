@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,8 @@ from samp_core.allocate import (
     pooled,
     predicted_bound,
 )
+from samp_core.chain import chain
+from samp_core.plan import Recipe
 
 N, SEARCH, LAYERS = 2500, 512, 6
 PROMISES = (0.005, 0.01, 0.02)
@@ -264,3 +267,23 @@ def test_in_worlds_of_noise_it_is_often_faster() -> None:
     assert np.mean(milp < samp - 1e-9) >= 0.5
     assert milp.mean() < greedy.mean()
     assert milp.mean() <= 0.9 * samp.mean()
+
+
+@pytest.mark.parametrize(("layers", "plans", "stride"), [(6, 31, 1), (12, 31, 2), (24, 31, 4)])
+def test_greedys_path_in_strides(layers: int, plans: int, stride: int) -> None:
+    """The dearest first, each plan of `stride` nodes more in float, the last of them all."""
+    nodes = chain(layers, ("qkv", "scores", "context", "out", "ffn_in", "ffn_out"), Recipe())
+    kl = {node.name: float(place) for place, node in enumerate(nodes)}
+    path = rivals.reverted(kl, nodes, 0)
+    assert len(path) == plans
+    for place, (name, choice) in enumerate(path):
+        back = place * stride
+        assert name == f"greedy({back})"
+        assert choice == (1,) * (len(nodes) - back) + (0,) * back
+
+
+def test_the_last_step_of_a_path_in_strides_is_all_float() -> None:
+    nodes = chain(7, ("qkv", "scores", "context", "out", "ffn_in", "ffn_out"), Recipe())
+    path = rivals.reverted({node.name: 1.0 for node in nodes}, nodes, 0)
+    assert [name for name, _ in path][-2:] == ["greedy(34)", "greedy(35)"]
+    assert path[-1][1] == (0,) * 35
